@@ -1,0 +1,144 @@
+"""Errors with one shape: where, what came, what was expected, what to do.
+
+Every class derives from :class:`HwcoreError` and from the builtin that fits, so that callers may
+catch either. Messages read ``<part>: <argument> got <value>; expected <condition>. <Fix>.``
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ApiVersionError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "BackendUnavailableError",
+    "CapabilityError",
+    "CaptureError",
+    "ForkError",
+    "HwcoreError",
+    "PluginDefinitionError",
+    "PluginError",
+    "PluginLoadError",
+    "PluginReturnError",
+    "ProbeError",
+    "SelectionError",
+    "SetupError",
+    "TorchImportError",
+    "UnknownBackendError",
+    "describe",
+    "shown",
+]
+
+
+class HwcoreError(Exception):
+    """Base of every error that hwcore raises."""
+
+
+class ArgumentTypeError(HwcoreError, TypeError):
+    """A caller passed a value of the wrong type (dtype, rank or device of a tensor included)."""
+
+
+class ArgumentValueError(HwcoreError, ValueError):
+    """A caller passed a value of the right type that the function cannot take."""
+
+
+class CapabilityError(HwcoreError, RuntimeError):
+    """The device, or its plugin, cannot do what was asked."""
+
+
+class CaptureError(HwcoreError, RuntimeError):
+    """Work that a graph cannot hold was done while capturing, or capture was misused."""
+
+
+class TorchImportError(HwcoreError, ImportError):
+    """``import torch`` failed when the selected backend needed it."""
+
+
+class SelectionError(HwcoreError, RuntimeError):
+    """No backend, or more than one, answers to what was asked for."""
+
+
+class UnknownBackendError(SelectionError, LookupError):
+    """A backend was named that no installed distribution provides."""
+
+
+class BackendUnavailableError(SelectionError):
+    """A backend was named whose probe says that this machine cannot run it."""
+
+
+class ForkError(HwcoreError, RuntimeError):
+    """The process was forked from one that already held a live device context."""
+
+
+class PluginError(HwcoreError):
+    """A plugin broke its contract. The attributes say which plugin and which hook.
+
+    Attributes
+    ----------
+    plugin : str
+        The backend's name.
+    hook : str or None
+        The hook at fault, where there is one.
+    """
+
+    def __init__(self, message: str, plugin: str = "", hook: str | None = None) -> None:
+        super().__init__(message)
+        self.plugin = plugin
+        self.hook = hook
+
+    def __reduce__(self) -> tuple[type[PluginError], tuple[str, str, str | None]]:
+        # BaseException pickles `args` alone, which would drop the attributes.
+        return (type(self), (str(self), self.plugin, self.hook))
+
+
+class PluginLoadError(PluginError, ImportError):
+    """A plugin's entry point could not be imported, or names something that is not there."""
+
+
+class PluginDefinitionError(PluginError, TypeError):
+    """A plugin lacks a required hook, or defines one that the contract does not have."""
+
+
+class PluginReturnError(PluginError, ValueError):
+    """A hook returned what its specification does not allow."""
+
+
+class ApiVersionError(PluginError, RuntimeError):
+    """A plugin was written for another version of the hook contract."""
+
+
+class ProbeError(PluginError, RuntimeError):
+    """A plugin's ``probe()`` raised, crashed, hung or returned something else."""
+
+
+class SetupError(PluginError, RuntimeError):
+    """A plugin's ``setup()``, or a hook called while activating it, raised."""
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Return a short ``repr`` of a value with its type, safe on objects whose repr raises."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a broken repr must not hide the error being reported
+        text = "<unprintable>"
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return f"{text} ({type(value).__name__})"
+
+
+def describe(where: str, what: str, got: object, expected: str, fix: str) -> str:
+    """Return a message in the one shape that hwcore's errors have.
+
+    Parameters
+    ----------
+    where : str
+        The function, part or plugin that speaks.
+    what : str
+        The argument, field or hook at fault.
+    got : object
+        The offending value; a ``str`` is shown as it stands if it is wrapped by the caller.
+    expected : str
+        The condition that the value misses.
+    fix : str
+        An imperative sentence without its full stop.
+    """
+    return f"{where}: {what} got {shown(got)}; expected {expected}. {fix}."
