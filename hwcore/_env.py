@@ -1,0 +1,33 @@
+"""The environment variables that hwcore reads, in one place."""
+
+from __future__ import annotations
+
+import os
+
+BACKEND = "HWCORE_BACKEND"
+DISABLE_PLUGINS = "HWCORE_DISABLE_PLUGINS"
+DEBUG = "HWCORE_DEBUG"
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+
+MEANINGS = {
+    BACKEND: "the backend to select; empty: automatic",
+    DISABLE_PLUGINS: "plugins or distributions to leave out, separated by commas",
+    DEBUG: "1: debug checks on",
+    AUTOLOAD: "torch's own; 0: import torch loads no device extension",
+}
+
+
+def requested_backend() -> str | None:
+    """Return the backend named by the environment, or None where it is unset or blank."""
+    return os.environ.get(BACKEND, "").strip() or None
+
+
+def disabled_plugins() -> tuple[str, ...]:
+    """Return the names in ``HWCORE_DISABLE_PLUGINS``, without blanks and repeats."""
+    names = os.environ.get(DISABLE_PLUGINS, "").split(",")
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+
+
+def debug_enabled() -> bool:
+    """Say whether ``HWCORE_DEBUG`` is on: set to anything but 0, false, no or off."""
+    return os.environ.get(DEBUG, "").strip().lower() not in ("", "0", "false", "no", "off")
