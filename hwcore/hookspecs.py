@@ -17,7 +17,8 @@ argument that its specification allows.
 
 # Every hook is `firstresult`: one plugin answers. Parameter defaults are for callers; pluggy is
 # shown the same functions without them (see `_spec`), so that they mean one thing everywhere.
-# mypy: disable-error-code="empty-body"  (the docstrings are the specification)
+# The bodies are empty, for the docstrings are the specification:
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
 import inspect

@@ -57,7 +57,7 @@ Quirk = Literal[
     "capture_stream_limit",  # graphs beyond a bounded number of capture streams fail
     "fork_unsafe",  # a forked child cannot use the device even before it is initialised
 ]
-"""How a device may differ without lacking anything. Quirks adapt a conformance test, not skip it."""
+"""How a device may differ without lacking anything. A quirk adapts a conformance test."""
 
 Text = Annotated[str, Meta(min_length=1)]
 Bytes = Annotated[int, Meta(ge=0)]
@@ -65,7 +65,7 @@ Bytes = Annotated[int, Meta(ge=0)]
 
 @dataclasses.dataclass(frozen=True)
 class BackendInfo:
-    """Who a backend is. Returned by :meth:`~hwcore.hookspecs.HookSpecs.backend_info`.
+    """Who a backend is. Returned by ``backend_info``.
 
     Attributes
     ----------
