@@ -1,0 +1,22 @@
+"""Tree speculation that any device can run: build the tree, verify it, commit the accepted path.
+
+The parts are plain torch on whatever device the arguments live on. None of them reads a device
+value on the host, so each can be captured in a graph and queued behind the forward pass.
+
+Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the last step emitted;
+``W = spec_steps + 1`` bounds the path that one step can accept. Everywhere -1 means "none".
+"""
+
+from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
+from hwcore.speculative.verify import VerifyResult, verify_greedy
+
+__all__ = [
+    "CommitResult",
+    "DraftTree",
+    "TreeMaskMode",
+    "VerifyResult",
+    "build_tree",
+    "commit",
+    "verify_greedy",
+]

@@ -1,0 +1,271 @@
+"""Draft trees: from parent pointers to what the target's forward and the verify step need."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.speculative._checks import check_size, check_tensor, check_values, may_read
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WHERE = "build_tree"
+_WORD_BITS = 32
+
+
+class TreeMaskMode(enum.IntEnum):
+    """Layout of a tree mask; set bits mark what a node may attend. The numbers are SGLang's."""
+
+    FULL = 0
+    """Flat bool: per request ``N`` rows of ``seq_len + N``, requests one after the other."""
+    QLEN_ONLY = 1
+    """Bool ``[bs, N, N]``: tree columns only; the attention kernel sees the whole prefix."""
+    BITPACKED = 2
+    """QLEN_ONLY in bits, uint8 ``[bs, N, B]``: column ``c`` is bit ``c % 8`` of byte ``c // 8``.
+
+    ``B`` is 1 up to 8 nodes, 2 up to 16, and beyond that a multiple of 4, so that
+    ``mask.view(torch.uint32)`` gives the words that kernels of that kind read.
+    """
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DraftTree:
+    """One draft tree a request, in the forms that attention, positions and verify want.
+
+    Attributes
+    ----------
+    draft_tokens : Tensor, int64, [bs, N]
+        Token of each node; column 0 is the root. The caller's tensor, not a copy.
+    parents : Tensor, int64, [bs, N]
+        Index of each node's parent in its own request; -1 for the root and for padding nodes. The
+        caller's tensor, not a copy.
+    positions : Tensor, int64, [bs * N]
+        ``seq_len + depth``; a padding node has depth 0.
+    tree_mask : Tensor
+        As ``tree_mask_mode`` says; see :class:`TreeMaskMode`.
+    retrieve_index : Tensor, int64, [bs, N]
+        Index of each node in the flat batch, ``request * N + node``.
+    retrieve_next_token : Tensor, int64, [bs, N]
+        First child of each node, as an index in its request; -1 = none.
+    retrieve_next_sibling : Tensor, int64, [bs, N]
+        Next child of the same parent, as an index in its request; -1 = none.
+    spec_steps : int
+        Bound on the depth of any node.
+    tree_mask_mode : TreeMaskMode
+    """
+
+    draft_tokens: Tensor
+    parents: Tensor
+    positions: Tensor
+    tree_mask: Tensor
+    retrieve_index: Tensor
+    retrieve_next_token: Tensor
+    retrieve_next_sibling: Tensor
+    spec_steps: int
+    tree_mask_mode: TreeMaskMode
+
+
+def build_tree(
+    draft_tokens: Tensor,
+    parents: Tensor,
+    seq_lens: Tensor,
+    *,
+    spec_steps: int | None = None,
+    tree_mask_mode: TreeMaskMode = TreeMaskMode.FULL,
+    seq_lens_sum: int | None = None,
+) -> DraftTree:
+    """Build the mask, positions and links of a batch of draft trees from their parent pointers.
+
+    Called once a step, between drafting and the target's forward over the tree.
+
+    Parameters
+    ----------
+    draft_tokens : Tensor, int64, [bs, N]
+        Token ids, at least 0; column 0 is the root, the last token emitted.
+    parents : Tensor, int64, [bs, N]
+        Index of each node's parent within its request. Column 0 is -1; a parent precedes its
+        children. -1 elsewhere makes a padding node: it attends the prefix and itself, has no links
+        and is never accepted.
+    seq_lens : Tensor, int64 or int32, [bs]
+        Tokens in the KV cache before the root, at least 0.
+    spec_steps : int, optional
+        Static bound on the depth of any node, at least 0; default ``N - 1``. It sets the width of
+        what verify returns, and the number of rounds here.
+    tree_mask_mode : TreeMaskMode
+        Layout of the mask.
+    seq_lens_sum : int, optional
+        Sum of ``seq_lens``, which sizes a FULL mask. On the CPU it is computed; on any other device
+        it is required, because computing it would stall the device.
+
+    Returns
+    -------
+    DraftTree
+        An empty batch gives empty tensors.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If an argument's type, dtype, rank or device is wrong.
+    ArgumentValueError
+        If a shape or size does not fit, ``seq_lens_sum`` is missing, or the content breaks the
+        rules above (content: CPU arguments always, others under ``HWCORE_DEBUG=1``).
+
+    Notes
+    -----
+    Source: the tree layouts of SGLang's ``build_tree_kernel_efficient``. Mutates: none. Host sync:
+    no (under ``HWCORE_DEBUG=1`` yes). Graph-safe: yes, FULL excepted: its size follows the lengths.
+    """
+    _check_kinds(draft_tokens, parents, seq_lens, spec_steps, tree_mask_mode)
+    bs, num_draft_tokens = draft_tokens.shape
+    steps = num_draft_tokens - 1 if spec_steps is None else spec_steps
+    readable = may_read(draft_tokens)
+    if readable:
+        _check_content(draft_tokens, parents, seq_lens)
+    lens = seq_lens.to(torch.int64)
+    depth, visible = _ancestry(parents, steps)
+    if readable:
+        expected = f"a node at most {steps} deep (spec_steps)"
+        fix = "Raise spec_steps or prune the tree"
+        check_values(_WHERE, "depth of node", depth, depth > steps, expected, fix)
+    if tree_mask_mode is TreeMaskMode.FULL:
+        mask = _full_mask(visible, lens, _prefix_total(seq_lens, seq_lens_sum))
+    else:
+        mask = visible if tree_mask_mode is TreeMaskMode.QLEN_ONLY else _packed(visible)
+    next_token, next_sibling = _links(parents)
+    return DraftTree(
+        draft_tokens=draft_tokens,
+        parents=parents,
+        positions=(lens.unsqueeze(1) + depth).view(-1),
+        tree_mask=mask,
+        retrieve_index=torch.arange(bs * num_draft_tokens, device=parents.device).view_as(parents),
+        retrieve_next_token=next_token,
+        retrieve_next_sibling=next_sibling,
+        spec_steps=steps,
+        tree_mask_mode=tree_mask_mode,
+    )
+
+
+def _ancestry(parents: Tensor, spec_steps: int) -> tuple[Tensor, Tensor]:
+    """Return each node's depth ``[bs, N]`` and what it sees of the tree ``[bs, N, N]``.
+
+    Pointer doubling: after ``k`` rounds a node knows its ``2^k`` nearest ancestors, so the rounds
+    grow with the logarithm of the depth. A depth beyond the bound still comes out as larger.
+    """
+    bs, n = parents.shape
+    node = torch.arange(n, device=parents.device)
+    # Whoever has no parent points to itself: looking again at one's own row changes nothing.
+    jump = torch.where(parents < 0, node, parents)
+    depth = (parents >= 0).to(torch.int64)
+    visible = (node.unsqueeze(1) == node).repeat(bs, 1)  # [bs * N, N]
+    first_row = torch.arange(bs, device=parents.device).unsqueeze(1) * n
+    for _ in range(spec_steps.bit_length()):
+        visible = visible | visible.index_select(0, (jump + first_row).view(-1))
+        depth = depth + depth.gather(1, jump)
+        jump = jump.gather(1, jump)
+    return depth, visible.view(bs, n, n)
+
+
+def _links(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first child and the next sibling of every node, both ``[bs, N]``."""
+    bs, n = parents.shape
+    node = torch.arange(n, device=parents.device)
+    # Distinct keys: one sort puts siblings side by side, in index order, whatever its algorithm.
+    keys = torch.where(parents < 0, n, parents) * n + node
+    keys = keys.sort(dim=1).values
+    node, parent = keys % n, keys // n  # parent n: the parentless, at the end
+    opens = torch.ones_like(parent, dtype=torch.bool)
+    opens[:, 1:] = parent[:, 1:] != parent[:, :-1]
+    # Column n takes what nobody reads.
+    next_token = parents.new_full((bs, n + 1), -1)
+    next_token.scatter_(1, torch.where(opens, parent, n), node)
+    follows = ~opens[:, 1:] & (parent[:, 1:] < n)
+    next_sibling = torch.full_like(parents, -1)
+    next_sibling.scatter_(1, node[:, :-1], torch.where(follows, node[:, 1:], -1))
+    return next_token[:, :n].contiguous(), next_sibling
+
+
+def _full_mask(visible: Tensor, lens: Tensor, seq_lens_sum: int) -> Tensor:
+    """Return the flat mask: all visible, then each request's ``N x N`` block laid over it."""
+    bs, n, _ = visible.shape
+    node = torch.arange(n, device=visible.device)
+    width = lens + n  # [bs]; int64, as N * sum(width) passes 2^31 at ordinary long contexts
+    start = n * (width.cumsum(0) - width)
+    rows = start.view(-1, 1) + node * width.view(-1, 1) + lens.view(-1, 1)  # [bs, N]
+    index = rows.unsqueeze(2) + node
+    mask = torch.ones(n * (seq_lens_sum + bs * n), dtype=torch.bool, device=visible.device)
+    return mask.scatter_(0, index.view(-1), visible.reshape(-1))
+
+
+def _packed(visible: Tensor) -> Tensor:
+    """Return ``visible`` in bytes, lowest bit first."""
+    bs, n, _ = visible.shape
+    num_bytes = (1 if n <= 8 else 2) if n <= 16 else -(-n // _WORD_BITS) * (_WORD_BITS // 8)
+    bits = torch.nn.functional.pad(visible.to(torch.uint8), (0, 8 * num_bytes - n))
+    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=visible.device)
+    return (bits.view(bs, n, num_bytes, 8) * weight).sum(-1, dtype=torch.uint8)
+
+
+def _prefix_total(seq_lens: Tensor, seq_lens_sum: int | None) -> int:
+    if seq_lens_sum is None:
+        if seq_lens.device.type != "cpu":
+            expected = f"an int for a FULL mask on {seq_lens.device}"
+            fix = "Pass sum(seq_lens), which the host knows, or use TreeMaskMode.QLEN_ONLY"
+            raise ArgumentValueError(describe(_WHERE, "seq_lens_sum", None, expected, fix))
+        return int(seq_lens.sum())
+    check_size(_WHERE, "seq_lens_sum", seq_lens_sum, 0, "Pass sum(seq_lens) as a Python int")
+    if may_read(seq_lens) and seq_lens_sum != int(seq_lens.sum()):
+        expected = f"{int(seq_lens.sum())}, the sum of seq_lens"
+        fix = "Recompute it for this batch"
+        raise ArgumentValueError(describe(_WHERE, "seq_lens_sum", seq_lens_sum, expected, fix))
+    return seq_lens_sum
+
+
+def _check_kinds(
+    draft_tokens: Tensor,
+    parents: Tensor,
+    seq_lens: Tensor,
+    spec_steps: int | None,
+    tree_mask_mode: object,
+) -> None:
+    int64 = (torch.int64,)
+    check_tensor(_WHERE, "draft_tokens", draft_tokens, int64, [("bs", None), ("N", None)])
+    (bs, n), device = draft_tokens.shape, draft_tokens.device
+    if n == 0:
+        expected = "[bs, N] with N at least 1"
+        fix = "Give each request its root token in column 0"
+        got = list(draft_tokens.shape)
+        raise ArgumentValueError(describe(_WHERE, "draft_tokens.shape", got, expected, fix))
+    check_tensor(_WHERE, "parents", parents, int64, [("bs", bs), ("N", n)], device)
+    lens_dtypes = (torch.int64, torch.int32)
+    check_tensor(_WHERE, "seq_lens", seq_lens, lens_dtypes, [("bs", bs)], device)
+    if spec_steps is not None:
+        check_size(_WHERE, "spec_steps", spec_steps, 0, "Pass the greatest depth of the tree")
+    if not isinstance(tree_mask_mode, TreeMaskMode):
+        names = ", ".join(f"TreeMaskMode.{mode.name}" for mode in TreeMaskMode)
+        fix = "Pass a member of TreeMaskMode"
+        raise ArgumentTypeError(describe(_WHERE, "tree_mask_mode", tree_mask_mode, names, fix))
+
+
+def _check_content(draft_tokens: Tensor, parents: Tensor, seq_lens: Tensor) -> None:
+    n = parents.shape[1]
+    node = torch.arange(n, device=parents.device)
+    fix = "Pass token ids; padding nodes too need one that the model can embed"
+    check_values(_WHERE, "draft_tokens", draft_tokens, draft_tokens < 0, "at least 0", fix)
+    fix = "Pass the tokens in the KV cache before the root"
+    check_values(_WHERE, "seq_lens", seq_lens, seq_lens < 0, "at least 0", fix)
+    fix = "Put the root in column 0 and give it no parent"
+    bad = (parents >= 0) & (node == 0)
+    check_values(_WHERE, "parents", parents, bad, "-1 in column 0", fix)
+    fix = "Use indices within the request's own tree"
+    bad = (parents < -1) | (parents >= n)
+    check_values(_WHERE, "parents", parents, bad, f"-1 or a node index below {n}", fix)
+    fix = "Order the nodes so that a parent precedes its children"
+    check_values(_WHERE, "parents", parents, parents >= node, "a node before its child", fix)
+    bad = (parents > 0) & (parents.gather(1, parents.clamp(min=0)) < 0)
+    fix = "Attach the node to the root or to a node of the tree"
+    check_values(_WHERE, "parents", parents, bad, "no padding node as parent", fix)

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+
+from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+
+from ._golden import load, names, parents_of_links, parents_of_selection
+
+LINKS = ("retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
+
+
+def build(meta, case, mode):
+    parents = parents_of_selection(case["parent_list"], case["selected_index"], meta["topk"])
+    root = case["draft_tokens"].new_zeros(meta["bs"], 1)
+    tokens = torch.cat([root, case["draft_tokens"]], dim=1)
+    steps = meta["steps"]
+    return build_tree(tokens, parents, case["seq_lens"], spec_steps=steps, tree_mask_mode=mode)
+
+
+@pytest.mark.parametrize("name", names("tree"))
+def test_tree_is_the_kernels(name, device):
+    meta, case = load(name, device)
+    tree = build(meta, case, TreeMaskMode(meta["mode"]))
+    for field in ("positions", "tree_mask", *LINKS):
+        got, want = getattr(tree, field), case[field]
+        assert got.dtype == want.dtype, field
+        assert torch.equal(got, want), field
+
+
+@pytest.mark.parametrize("name", names("tree"))
+def test_other_masks_hold_the_same_bits(name, device):
+    meta, case = load(name, device)
+    bs, n = meta["bs"], meta["N"]
+    blocks, flat = [], case["tree_mask"]
+    for length in case["seq_lens"].tolist():
+        rows, flat = flat[: n * (length + n)], flat[n * (length + n) :]
+        blocks.append(rows.view(n, length + n)[:, length:])
+    want = torch.stack(blocks) if blocks else torch.zeros(0, n, n, dtype=torch.bool)
+
+    tree = build(meta, case, TreeMaskMode.QLEN_ONLY)
+    assert torch.equal(tree.tree_mask.cpu(), want.cpu())
+
+    packed = build(meta, case, TreeMaskMode.BITPACKED).tree_mask
+    bits = np.packbits(want.cpu().numpy(), axis=-1, bitorder="little")
+    assert packed.dtype == torch.uint8
+    assert packed.shape[:2] == (bs, n)
+    assert packed.shape[2] == {1: 1, 2: 2}.get(-(-n // 8), 4 * -(-n // 32))
+    assert np.array_equal(packed.cpu().numpy()[..., : bits.shape[-1]], bits)
+    assert not packed[..., bits.shape[-1] :].any()
+
+
+@pytest.mark.parametrize("name", names("greedy"))
+def test_verify_and_commit_are_the_kernels(name, device):
+    meta, case = load(name, device)
+    bs, n, seq_lens = meta["bs"], meta["N"], case["seq_lens"]
+    parents = parents_of_links(case["retrieve_next_token"], case["retrieve_next_sibling"])
+    steps = meta["steps"]
+    tree = build_tree(case["candidates"], parents, seq_lens, spec_steps=steps)
+    for field in LINKS:
+        assert torch.equal(getattr(tree, field), case[field]), field
+
+    result = verify_greedy(tree, case["target_predict"])
+    for field in ("predict", "accept_index", "bonus_tokens"):
+        got, want = getattr(result, field), case[field]
+        assert got.dtype == want.dtype, field
+        assert torch.equal(got, want), field
+    assert torch.equal(result.num_correct_drafts, case["accept_num"])
+
+    done = commit(tree, result, seq_lens, case["out_cache_loc"].view(bs, n))
+    assert torch.equal(done.new_seq_lens, case["new_seq_lens"])
+    used = result.accept_index >= 0
+    moved = int(used.sum())
+    assert torch.equal(done.kv_src[used], case["accepted_cache_loc_src"][:moved])
+    compacted = case["predict_compacted"].view(bs, n).tolist()
+    for row, tokens, length in zip(
+        compacted, done.accept_tokens.tolist(), done.accept_lens.tolist(), strict=True
+    ):
+        assert tokens[:length] == row[:length]
+        assert set(tokens[length:]) <= {-1}
