@@ -107,7 +107,7 @@ class ApiVersionError(PluginError, RuntimeError):
 
 
 class ProbeError(PluginError, RuntimeError):
-    """A plugin's ``probe()`` raised, crashed, hung or returned something else."""
+    """A plugin's ``probe()`` raised, crashed the process or hung."""
 
 
 class SetupError(PluginError, RuntimeError):

@@ -21,7 +21,7 @@ from typing import (
 
 import msgspec
 
-from hwcore.errors import ApiVersionError, PluginReturnError, SetupError, describe
+from hwcore.errors import ApiVersionError, PluginReturnError, ProbeError, SetupError, describe
 from hwcore.hookspecs import API_VERSION
 from hwcore.types import (
     Availability,
@@ -65,8 +65,10 @@ class Validator:
         From :meth:`info`, if the plugin was written for another contract.
     PluginReturnError
         From every method, if a hook returned what its specification does not allow.
+    ProbeError
+        From :meth:`availability`, if ``probe()`` raised.
     SetupError
-        From every method, if a hook raised.
+        From every other method, if a hook raised.
     """
 
     def __init__(self, origin: Origin, hooks: Mapping[str, Callable[..., Any]]) -> None:
@@ -90,7 +92,12 @@ class Validator:
 
     def availability(self) -> Availability:
         """Return the checked answer of ``probe()``."""
-        found = self._dataclass("probe", self._call("probe"), Availability)
+        try:
+            answer = self._hooks["probe"]()
+        except Exception as error:
+            message = f"{self._origin}: probe() raised {error!r}. {self._origin.way_past}."
+            raise ProbeError(message, self._origin.name, "probe") from error
+        found = self._dataclass("probe", answer, Availability)
         if not found.ok:
             self._require_text("probe", "field `reason`", found.reason)
             self._require_text("probe", "field `fix`", found.fix)
