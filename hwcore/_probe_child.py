@@ -41,6 +41,8 @@ class _NoTorch:
 
 def main() -> None:
     """Probe every plugin of the job and report on each."""
+    # A plugin that asked for the backend here would start a child, in which it asks again.
+    discovery.in_probe = True
     job = json.load(sys.stdin)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
     # Keep the way back to the parent; let everything else that is printed go elsewhere.

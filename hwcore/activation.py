@@ -39,6 +39,7 @@ class _Process:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.selecting = False
+        self.loading: set[str] = set()
         self.decision: Decision | None = None
         self.backend: Backend | None = None
         self.loaded: dict[str, Backend | PluginError] = {}
@@ -106,6 +107,8 @@ def load_backend(name: str) -> Backend:
     name = _checked_name(name, "load_backend")
     with _process.lock:
         _check_fork()
+        if discovery.in_probe:
+            raise _asked_too_early()
         request = plan(name, "hwcore.load_backend")
         return _load(decide(request, probe(request.to_probe)).origin)
 
@@ -113,12 +116,8 @@ def load_backend(name: str) -> Backend:
 def _select(name: str | None) -> Backend:
     with _process.lock:
         _check_fork()
-        if _process.selecting:
-            message = (
-                "hwcore: the backend was asked for while it is being selected, from a plugin's "
-                "setup() or hooks. Use what the hook is given instead of hwcore.current_backend()."
-            )
-            raise SelectionError(message)
+        if _process.selecting or discovery.in_probe:
+            raise _asked_too_early()
         if _process.decision is None:
             source = "hwcore.use" if name else _env.BACKEND
             name = name or _env.requested_backend()
@@ -151,14 +150,19 @@ def _load(origin: Origin) -> Backend:
     if isinstance(known, PluginError):
         raise type(known)(str(known), known.plugin, known.hook) from known
     if known is None:
-        _import_torch(origin)
-        from hwcore.backend import Backend
-
+        if origin.name in _process.loading:
+            raise _asked_too_early()
+        _process.loading.add(origin.name)
         try:
+            _import_torch(origin)
+            from hwcore.backend import Backend
+
             known = Backend(discovery.load(origin), origin)
         except PluginError as error:
             _process.loaded[origin.name] = error
             raise
+        finally:
+            _process.loading.discard(origin.name)
         _process.loaded[origin.name] = known
     return known
 
@@ -195,6 +199,15 @@ def _import_torch(origin: Origin) -> None:
             os.environ[_env.AUTOLOAD] = before
 
 
+def _asked_too_early() -> SelectionError:
+    message = (
+        "hwcore: the backend was asked for while it is being selected or loaded, from a plugin's "
+        "module, probe(), setup() or hooks. Use what the hook is given instead of "
+        "hwcore.current_backend()."
+    )
+    return SelectionError(message)
+
+
 def _checked_name(name: object, function: str) -> str:
     if isinstance(name, str) and name.strip():
         return name.strip()
@@ -226,6 +239,7 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     _process.lock = threading.RLock()  # its holder, if any, is not in this process
     _process.selecting = False
+    _process.loading.clear()
     _process.forked_from_live = _process.forked_from_live or _process.live_at_fork
 
 

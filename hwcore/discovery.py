@@ -22,6 +22,9 @@ __all__ = ["BUILTIN", "GROUP", "Origin", "installed", "load"]
 
 GROUP = "hwcore.backends"
 
+in_probe = False
+"""True in the child process that probes plugins: nothing may be selected or loaded there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
