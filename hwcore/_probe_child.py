@@ -66,7 +66,8 @@ def main() -> None:
             "file": None,
         }
         try:
-            _probe(origin, report, functools.partial(send, kind="phase", index=index))
+            enter = functools.partial(send, kind="phase", index=index)
+            _probe(origin, report, enter, job["only_automatic"])
         except PluginError as error:
             report["error"] = {
                 "type": type(error).__name__,
@@ -77,7 +78,9 @@ def main() -> None:
         send(**report)
 
 
-def _probe(origin: discovery.Origin, report: dict[str, Any], enter: Send) -> None:
+def _probe(
+    origin: discovery.Origin, report: dict[str, Any], enter: Send, only_automatic: bool
+) -> None:
     """Fill in a report as far as the plugin lets us; raise PluginError where it is broken."""
     enter(phase="import")
     plugin = discovery.load(origin)
@@ -86,8 +89,11 @@ def _probe(origin: discovery.Origin, report: dict[str, Any], enter: Send) -> Non
     functions = binding.hook_functions(plugin, origin)
     report["hooks"] = sorted(functions)
     if "backend_info" in functions:
-        report["info"] = msgspec.to_builtins(Validator(origin, functions).info())
+        info = Validator(origin, functions).info()
+        report["info"] = msgspec.to_builtins(info)
     binding.check_definitions(plugin, functions, origin)
+    if only_automatic and not info.automatic:
+        return
     enter(phase="probe")
     report["availability"] = dataclasses.asdict(Validator(origin, functions).availability())
 

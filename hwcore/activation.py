@@ -122,7 +122,8 @@ def _select(name: str | None) -> Backend:
             source = "hwcore.use" if name else _env.BACKEND
             name = name or _env.requested_backend()
             request = plan(name, source if name else "automatic selection")
-            decision = decide(request, probe(request.to_probe))
+            results = probe(request.to_probe, only_automatic=name is None)
+            decision = decide(request, results)
             if decision.warning:
                 _log.warning(decision.warning)
             _process.decision = decision

@@ -47,7 +47,7 @@ class ProbeResult:
     hooks : tuple of str
         Hooks that the plugin implements; empty where it could not be loaded.
     availability : Availability or None
-        None where ``error`` is set.
+        None where ``error`` is set, or the plugin was not probed.
     error : PluginError or None
         Why the plugin counts as broken.
     file : str or None
@@ -69,19 +69,21 @@ class RemoteTraceback(Exception):
         return f"\n{self.args[0]}"
 
 
-def probe(origins: Sequence[Origin]) -> list[ProbeResult]:
+def probe(origins: Sequence[Origin], *, only_automatic: bool = False) -> list[ProbeResult]:
     """Load and probe each plugin in a child process, in order.
+
+    With ``only_automatic``, a plugin that is selected by name only is loaded and not probed.
 
     Never raises for what a plugin does: a plugin that raises, hangs, crashes or answers with
     something else comes back with its error.
     """
     results: list[ProbeResult] = []
     while len(results) < len(origins):
-        results += _run_child(origins[len(results) :])
+        results += _run_child(origins[len(results) :], only_automatic)
     return results
 
 
-def _run_child(origins: Sequence[Origin]) -> list[ProbeResult]:
+def _run_child(origins: Sequence[Origin], only_automatic: bool) -> list[ProbeResult]:
     """Probe until the first hang or crash, which is the last result returned."""
     if not sys.executable:
         message = (
@@ -91,6 +93,7 @@ def _run_child(origins: Sequence[Origin]) -> list[ProbeResult]:
         raise errors.SelectionError(message)
     job = {
         "path": sys.path,
+        "only_automatic": only_automatic,
         "origins": [dataclasses.asdict(origin) for origin in origins],
     }
     # A file, not a pipe: a child that fills a pipe nobody reads would hang.
