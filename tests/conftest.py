@@ -1,0 +1,144 @@
+"""Fixtures that every test may use. One process runs one backend: ``pytest --backend NAME``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import hwcore
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", default="cpu", help="the backend that this run is for")
+
+
+def pytest_report_header(config):
+    return f"hwcore backend: {config.getoption('backend')}"
+
+
+@pytest.fixture(scope="session")
+def hw(request):
+    """The backend of this run, selected for the whole process."""
+    return hwcore.use(request.config.getoption("backend"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A finished Python process; ``error`` is the last line of its traceback."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        return self.stderr.strip().splitlines()[-1] if self.stderr.strip() else ""
+
+    @property
+    def output(self) -> list[str]:
+        """The lines printed by a process that ended well and said nothing else."""
+        assert self.returncode == 0, self.stderr
+        assert self.stderr == ""
+        return self.stdout.splitlines()
+
+    def raised(self, kind: type[Exception], builtin: type[Exception], *parts: str) -> None:
+        """Assert that the process died of ``kind``, and that its message holds every part."""
+        assert issubclass(kind, hwcore.HwcoreError)
+        assert issubclass(kind, builtin)
+        assert self.returncode == 1, self.stdout + self.stderr
+        assert self.error.startswith(f"{kind.__module__}.{kind.__qualname__}: "), self.stderr
+        for part in parts:
+            assert part in self.error, f"{part!r} is not in {self.error!r}"
+
+
+class PluginSite:
+    """A folder of installed distributions that processes started from here see.
+
+    Each is what pip leaves behind: a module, and a ``dist-info`` folder with entry points.
+    """
+
+    GOOD = """
+        import hwcore
+        from hwcore.cpu import CpuPlugin
+        from hwcore.types import *
+
+        class Plugin(CpuPlugin):
+            '''An accelerator for tests: the CPU under another name.'''
+
+            info = dict(
+                name="{name}", device_type="cpu", vendor="Test", api_version="1.0",
+                quirks=frozenset({{"unindexed_device"}}),
+            )
+
+            @hwcore.hookimpl
+            def backend_info(self):
+                return BackendInfo(**self.info)
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+
+    def add(
+        self,
+        name: str,
+        body: str = "",
+        *,
+        module: str | None = None,
+        distribution: str | None = None,
+        version: str = "1.0",
+        value: str | None = None,
+        group: str = "hwcore.backends",
+        good: bool = True,
+    ) -> None:
+        """Install a plugin.
+
+        With ``good``, ``body`` goes on inside the class of a working plugin; without, it is the
+        whole module. ``module=""`` installs no module: a stale distribution.
+        """
+        distribution = distribution or f"hwcore-{name}"
+        module_name = distribution.replace("-", "_")
+        if module is None:
+            source = textwrap.dedent(self.GOOD).format(name=name) if good else ""
+            source += textwrap.indent(textwrap.dedent(body), "    " if good else "")
+            (self.folder / f"{module_name}.py").write_text(source)
+        info = self.folder / f"{module_name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        )
+        value = value or (f"{module_name}:Plugin" if good else module_name)
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {value}\n")
+        (info / "RECORD").write_text("")
+        (info / "INSTALLER").write_text("pip\n")
+
+    def run(self, code: str, timeout_s: float = 120, **variables: str) -> Finished:
+        """Run Python code in a process of its own that sees the installed plugins."""
+        return self.execute("-c", textwrap.dedent(code), timeout_s=timeout_s, **variables)
+
+    def execute(self, *arguments: str, timeout_s: float = 120, **variables: str) -> Finished:
+        """Run ``python`` with arguments, likewise."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("HWCORE_")}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env={**inherited, "PYTHONPATH": str(self.folder), **variables},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def site(tmp_path):
+    """An empty folder to install plugins into, and to run processes that see them."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    return PluginSite(folder)
