@@ -109,19 +109,20 @@ def _compile(
         return _resolve(model, options, backend)
 
     lock = threading.Lock()
-    target: Callable[..., Any] | None = None
 
-    @functools.wraps(model)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if target is None:
-            resolve()
-        return target(*args, **kwargs)  # type: ignore[misc]  # resolve() has set it
-
-    def resolve() -> None:
+    def first_call(*args: Any, **kwargs: Any) -> Any:
         nonlocal target
         with lock:
-            if target is None:
+            if target is first_call:
                 target = _resolve(model, options, backend)
+        return target(*args, **kwargs)
+
+    target: Callable[..., Any] = first_call
+
+    # Nothing but the call: this is what a disabled function costs, every time.
+    @functools.wraps(model)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
 
     return call
 

@@ -12,8 +12,6 @@ import pathlib
 import re
 from typing import Any
 
-from importlib_metadata import entry_points
-
 from hwcore._env import DISABLE_PLUGINS
 from hwcore._version import __version__
 from hwcore.errors import PluginLoadError
@@ -76,6 +74,9 @@ BUILTIN = Origin(
 
 def installed() -> list[Origin]:
     """Return every backend that is installed, the built-in one first, then by name."""
+    # Imported here: the probe's child loads plugins and never lists them.
+    from importlib_metadata import entry_points
+
     found = []
     for entry in entry_points(group=GROUP):
         dist = entry.dist

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from msgspec import Meta
 
@@ -253,7 +253,6 @@ class ReplayBatch:
     recomputed: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
-@runtime_checkable
 class Stream(Protocol):
     """A queue of device work: :class:`torch.Stream`, or an object with the same methods."""
 
@@ -273,7 +272,6 @@ class Stream(Protocol):
     ) -> Any: ...
 
 
-@runtime_checkable
 class Event(Protocol):
     """A point in a stream: :class:`torch.Event`, or an object with the same methods."""
 

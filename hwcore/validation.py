@@ -47,6 +47,7 @@ DEVICE_HOOKS = ("create_stream", "create_event", "current_stream", "memory_info"
 """Hooks whose check would create a device context, which takes memory and forbids forking."""
 
 _T = TypeVar("_T")
+_CONTEXT = ("__enter__", "__exit__")
 
 
 class Validator:
@@ -256,9 +257,10 @@ class Validator:
         return value
 
     def _expect_protocol(self, hook: str, value: object, kind: type[Any]) -> None:
-        missing = [name for name in kind.__protocol_attrs__ if not hasattr(value, name)]
+        methods = [name for name in vars(kind) if not name.startswith("_") or name in _CONTEXT]
+        missing = [name for name in methods if not hasattr(value, name)]
         if missing:
-            expected = f"an object with {', '.join(sorted(missing))}"
+            expected = f"an object that also has {', '.join(missing)}"
             self._fail(hook, "", value, expected, f"Return a hwcore.types.{kind.__name__}")
 
     def _expect_device(self, hook: str, info: BackendInfo, device: object) -> None:
