@@ -49,7 +49,7 @@ def _against_torch(rounds: int, calls: int) -> list[Row]:
         # On the CPU torch's event is a stub: an empty method. The row shows what is left of a
         # hook call when the peer does nothing.
         (
-            "record_event, over torch's bare record()",
+            "record_event over a bare record(), no target",
             "hw.record_event(event)",
             "torch_event.record()",
             None,

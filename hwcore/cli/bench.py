@@ -51,7 +51,7 @@ def bench(subjects: tuple[str, ...], quick: bool) -> None:
             table.add_row(
                 row.what,
                 f"[{style}]{row.value:.3g} {row.unit}[/]",
-                "–" if row.target is None else f"{sign} {row.target:g} {row.unit}",
+                "none" if row.target is None else f"{sign} {row.target:g} {row.unit}",
                 row.detail,
             )
         console.print(table)

@@ -52,7 +52,7 @@ def doctor(as_json: bool) -> None:
     plugins = [examination.describe_plugin(origin, result) for origin, result in results.items()]
     view.plugins(plugins)
 
-    selection, failure = examination.select(results)
+    selection, failure = examination.select()
     view.selection(selection, plugins)
 
     extensions = examination.torch_extensions()

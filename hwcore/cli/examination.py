@@ -104,15 +104,12 @@ def describe_plugin(origin: Origin, result: ProbeResult | None) -> report.Plugin
     )
 
 
-def select(
-    results: dict[Origin, ProbeResult | None],
-) -> tuple[report.Selection, HwcoreError | None]:
-    """Return what would be selected, by the rules that selection itself uses, or the error."""
+def select() -> tuple[report.Selection, HwcoreError | None]:
+    """Return what would be selected, by the steps that selection itself takes, or the error."""
     requested = _env.requested_backend()
     try:
         request = plan(requested, _env.BACKEND if requested else "automatic selection")
-        probed = [result for o in request.to_probe if (result := results[o]) is not None]
-        decision = decide(request, probed)
+        decision = decide(request, probe(request.to_probe, only_automatic=requested is None))
     except HwcoreError as error:
         return report.Selection(requested=requested, error=str(error)), error
     return (
