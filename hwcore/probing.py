@@ -133,7 +133,7 @@ def _collect(
             results.append(_broken(origins[index], what, noise))
             break
         if line is None:
-            what = f"crashed the process during {phase} ({_exit(child.wait())})"
+            what = f"crashed the process during {phase} ({_exit(child)})"
             results.append(_broken(origins[index], what, noise))
             break
         report: dict[str, Any] = json.loads(line)
@@ -171,7 +171,11 @@ def _broken(origin: Origin, what: str, noise: IO[bytes]) -> ProbeResult:
     return ProbeResult(origin, error=ProbeError(message, origin.name, "probe"))
 
 
-def _exit(status: int) -> str:
+def _exit(child: subprocess.Popen[bytes]) -> str:
+    try:
+        status = child.wait(timeout=1)
+    except subprocess.TimeoutExpired:  # a thread, or code that closed every file, goes on
+        return "it runs on and reports no more"
     if status >= 0:
         return f"exit status {status}"
     try:
