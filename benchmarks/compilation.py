@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hwcore
-from benchmarks._measure import Row, nanoseconds, statements
+from hwcore.cli.measurement import Row, nanoseconds, statements
 
 
 def plain(x: int, y: int = 2) -> int:

@@ -8,7 +8,7 @@ import pluggy
 import torch
 
 import hwcore
-from benchmarks._measure import Row, nanoseconds, statements
+from hwcore.cli.measurement import Row, nanoseconds, statements
 from hwcore.cpu import CpuPlugin, CpuStream
 from hwcore.hookspecs import HOOKS, PROJECT, HookSpecs
 from hwcore.types import CompileRequest

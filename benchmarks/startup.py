@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks._measure import Row, interleaved
+from hwcore.cli.measurement import Row, interleaved
 
 PLUGINS = 20
 

@@ -14,7 +14,7 @@ from rich.table import Table
 __all__ = ["bench"]
 
 
-def _folder() -> pathlib.Path:
+def folder() -> pathlib.Path:
     """Return the benchmarks' folder: in the wheel, or beside the package in a checkout."""
     package = pathlib.Path(__file__).parent.parent
     shipped = package / "_benchmarks"
@@ -22,7 +22,7 @@ def _folder() -> pathlib.Path:
 
 
 def _subjects() -> list[str]:
-    return sorted(file.stem for file in _folder().glob("[a-z]*.py"))
+    return sorted(file.stem for file in folder().glob("[a-z]*.py"))
 
 
 @click.command()
@@ -60,12 +60,13 @@ def bench(subjects: tuple[str, ...], quick: bool) -> None:
 
 
 def _load(subject: str) -> Any:
-    """Import a benchmark by its path, as a part of a package named ``benchmarks``."""
-    folder = _folder()
-    if "benchmarks" not in sys.modules:
-        spec = importlib.util.spec_from_loader("benchmarks", loader=None, is_package=True)
-        assert spec is not None
-        package = importlib.util.module_from_spec(spec)
-        package.__path__ = [str(folder)]
-        sys.modules["benchmarks"] = package
-    return importlib.import_module(f"benchmarks.{subject}")
+    """Import a benchmark by its path: in the wheel its folder has another name."""
+    spec = importlib.util.spec_from_file_location(
+        f"hwcore_benchmark_{subject}", folder() / f"{subject}.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,4 +1,4 @@
-"""How every benchmark measures: interleaved rounds in one process, medians, ratios.
+"""What every file in benchmarks/ measures with: interleaved rounds in one process, medians, ratios.
 
 A figure is a ratio against a peer or a limit that ran in the same rounds, for the machine's speed
 drifts by more than most differences worth finding.

@@ -1,0 +1,70 @@
+"""``hwcore bench``: it finds the benchmarks, and its exit status follows their targets."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from hwcore.cli import main, measurement
+
+
+@pytest.fixture
+def subject(tmp_path, monkeypatch):
+    """Put one benchmark in a folder of its own, whose figure the test chooses."""
+
+    def put(value, target, at_most=True):
+        (tmp_path / "toy.py").write_text(
+            f"""'''How big a number is.'''
+from hwcore.cli.measurement import Row
+def run(quick=False):
+    return [Row("a number", {value}, "x", {target}, {at_most}, f"quick {{quick}}")]
+"""
+        )
+        # Not `hwcore.cli.bench`: that is the command of the same name.
+        monkeypatch.setattr(sys.modules["hwcore.cli.bench"], "folder", lambda: tmp_path)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "at_most", "status"),
+    [(1.0, 1.1, True, 0), (1.2, 1.1, True, 1), (1.6, 1.5, False, 0), (1.4, 1.5, False, 1)],
+)
+def test_exit_status_is_1_when_a_target_is_missed(subject, value, target, at_most, status):
+    subject(value, target, at_most)
+    result = CliRunner().invoke(main, ["bench", "toy"])
+    assert result.exit_code == status, result.output
+    assert "How big a number is." in result.output
+
+
+def test_a_figure_without_target_cannot_be_missed(subject):
+    subject(99.0, None)
+    assert CliRunner().invoke(main, ["bench", "toy"]).exit_code == 0
+
+
+def test_quick_is_passed_on(subject):
+    subject(1.0, 1.0)
+    assert "quick True" in CliRunner().invoke(main, ["bench", "--quick", "toy"]).output
+
+
+def test_an_unknown_subject_is_named_with_those_that_exist():
+    result = CliRunner().invoke(main, ["bench", "speed"])
+    assert result.exit_code == 2
+    assert "'speed'" in result.output
+    assert "dispatch" in result.output
+
+
+def test_medians_are_taken_over_rounds_in_which_subjects_alternate():
+    order = []
+
+    def taking(name, seconds):
+        values = iter(seconds)
+        return lambda: (order.append(name), next(values))[1]
+
+    medians = measurement.interleaved(
+        {"a": taking("a", [9, 1, 3, 2]), "b": taking("b", [9, 5, 5, 8])}, rounds=3
+    )
+    assert medians == {"a": 2, "b": 5}
+    assert order == ["a", "b"] * 4, "one warm-up round, which does not count"
