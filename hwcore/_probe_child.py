@@ -1,7 +1,7 @@
 """The child process of :mod:`hwcore.probing`: load each plugin, say who it is, ask its probe.
 
 Started as ``python -m hwcore._probe_child``; reads one JSON job from standard input, writes one
-JSON line a report. What plugins print goes to standard error.
+JSON line a report to a pipe of its own, apart from whatever is printed.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def main() -> None:
     discovery.in_probe = True
     job = json.load(sys.stdin)
     sys.stdin = open(os.devnull)  # noqa: SIM115 - for the life of the process
-    # Keep the way back to the parent; let everything else that is printed go elsewhere.
-    reports = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    os.set_inheritable(job["reports"], False)  # what a plugin starts must not hold it open
+    reports = os.fdopen(job["reports"], "w")
     sys.path[:] = job["path"]
     sys.meta_path.insert(0, _NoTorch())
 

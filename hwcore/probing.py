@@ -96,33 +96,40 @@ def _run_child(origins: Sequence[Origin], only_automatic: bool) -> list[ProbeRes
         "only_automatic": only_automatic,
         "origins": [dataclasses.asdict(origin) for origin in origins],
     }
+    read, write = os.pipe()
+    job["reports"] = write
     # A file, not a pipe: a child that fills a pipe nobody reads would hang.
-    with tempfile.TemporaryFile() as noise:
+    with open(read, "rb", buffering=0) as reports, tempfile.TemporaryFile() as noise:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "hwcore._probe_child"],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=noise,
             stderr=noise,
+            pass_fds=(write,),
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,
         )
+        os.close(write)
         try:
-            return _collect(child, json.dumps(job).encode(), origins, noise)
+            return _collect(child, json.dumps(job).encode(), origins, reports, noise)
         finally:
             _kill(child)
 
 
 def _collect(
-    child: subprocess.Popen[bytes], job: bytes, origins: Sequence[Origin], noise: IO[bytes]
+    child: subprocess.Popen[bytes],
+    job: bytes,
+    origins: Sequence[Origin],
+    reports: IO[bytes],
+    noise: IO[bytes],
 ) -> list[ProbeResult]:
     assert child.stdin is not None
-    assert child.stdout is not None
     try:
         child.stdin.write(job)
         child.stdin.close()
     except BrokenPipeError:
         pass  # the child died at once; reading finds that out
-    lines = _Lines(child.stdout.fileno())
+    lines = _Lines(reports.fileno())
     results: list[ProbeResult] = []
     phase, index = "start", 0
     while len(results) < len(origins):
@@ -189,8 +196,6 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    if child.stdout:
-        child.stdout.close()
 
 
 class _Lines:
