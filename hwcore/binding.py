@@ -66,8 +66,8 @@ def check_definitions(
     Raises
     ------
     PluginDefinitionError
-        If a required hook is missing, a hook or one of its arguments is unknown, or a function
-        has a hook's name without being marked as its implementation.
+        If a required hook is missing, a hook or one of its arguments is unknown, or a callable
+        has a hook's name without being a function marked as its implementation.
     """
     for hook, function in functions.items():
         if hook not in HOOKS:
@@ -75,10 +75,11 @@ def check_definitions(
             raise _error(origin, hook, what, _nearest(hook, HOOKS, "hook"))
         _check_parameters(hook, function, origin)
     for hook in HOOKS:
-        if hook in functions or not inspect.isroutine(getattr(plugin, hook, None)):
+        if hook in functions or not callable(getattr(plugin, hook, None)):
             continue
-        what = f"function `{hook}` is not marked as a hook implementation, so it would never run"
-        raise _error(origin, hook, what, "Decorate it with @hwcore.hookimpl, or rename it")
+        what = f"`{hook}` is not a function marked as a hook implementation, so it would never run"
+        fix = "Decorate a function of that name with @hwcore.hookimpl, or rename it"
+        raise _error(origin, hook, what, fix)
     for hook in REQUIRED_HOOKS:
         if hook not in functions:
             what = f"required hook `{hook}` is not implemented"
