@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import os
 import pathlib
 import re
 from typing import Any
@@ -87,7 +88,7 @@ def installed() -> list[Origin]:
                 value=entry.value,
                 distribution=dist.name,
                 version=dist.version or "unknown version",
-                location=str(dist.locate_file("")),
+                location=os.path.abspath(str(dist.locate_file(""))),  # sys.path may be relative
             )
         )
     return [BUILTIN, *sorted(found, key=lambda origin: (origin.name, origin.distribution))]
