@@ -232,7 +232,8 @@ def _before_fork() -> None:
     live = [
         name
         for name, backend in _process.loaded.items()
-        if not isinstance(backend, PluginError) and backend.is_initialized()
+        if not isinstance(backend, PluginError)
+        and ("fork_unsafe" in backend.info.quirks or backend.is_initialized())
     ]
     _process.live_at_fork = live[0] if live else None
 

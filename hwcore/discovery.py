@@ -53,6 +53,8 @@ class Origin:
     @property
     def way_past(self) -> str:
         """The sentence that ends an error about this plugin."""
+        if not self.location:  # passed as an object: there is nothing to uninstall
+            return "Fix the plugin"
         return (
             f"Fix, upgrade or uninstall {self.distribution}, or set "
             f"{DISABLE_PLUGINS}={self.name} to leave it out"

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 # Composite ops kept as one call, as eager runs them: taken apart in Python they choose other
 # matrix kernels, and with them other roundings. They read nothing on the host.
-_WHOLE = {aten.linear, aten.matmul}
+_WHOLE = set()
 # Memory whose contents nobody may rely on: nothing to do again.
 _UNINITIALISED = {
     aten.empty,

@@ -2,7 +2,7 @@
 
 What a tensor *is* (dtype, shape, device) costs nothing to look at and is always checked. What it
 *holds* is on the host for CPU tensors; elsewhere reading it would stall the device, so that is
-left to ``HWCORE_DEBUG=1``.
+left to ``HWCORE_DEBUG=1``. A graph cannot hold a read on the host: none happens while capturing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from hwcore._env import debug_enabled
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.graphs.tape import is_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def may_read(tensor: torch.Tensor) -> bool:
     """Say whether a check may look at the values of ``tensor``."""
-    return tensor.device.type == "cpu" or debug_enabled()
+    return (tensor.device.type == "cpu" or debug_enabled()) and not is_capturing()
 
 
 def check_instance(where: str, name: str, value: object, expected: type, maker: str) -> None:
