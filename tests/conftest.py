@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import subprocess
 import sys
 import textwrap
+from typing import TYPE_CHECKING
 
 import pytest
 
 import hwcore
+
+if TYPE_CHECKING:
+    import pathlib
 
 
 def pytest_addoption(parser):
@@ -134,6 +137,24 @@ class PluginSite:
             check=False,
         )
         return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def refused(site):
+    """Assert that selection names the installed plugin `acme` 3.1 as broken, and the way past."""
+
+    def check(kind, builtin, *parts):
+        code = "import hwcore; print(hwcore.current_backend())"
+        done = site.run(code, timeout_s=60)
+        done.raised(kind, builtin, "plugin `acme` (hwcore-acme 3.1): ", *parts)
+        assert done.error.endswith("or set HWCORE_DISABLE_PLUGINS=acme to leave it out.")
+        assert done.stdout == ""
+        assert site.run(
+            "import hwcore.selection as s; print(s.plan(None, '').to_probe)",
+            HWCORE_DISABLE_PLUGINS="acme",
+        ).output == ["()"]
+
+    return check
 
 
 @pytest.fixture
