@@ -281,8 +281,9 @@ class Validator:
         try:
             return msgspec.convert(fields, kind)
         except msgspec.ValidationError as error:
-            condition, _, path = str(error).rpartition(" - at `$.")
-            field = re.split(r"\W", path, maxsplit=1)[0]
+            # "<condition> - at `$.field[0]`", or "... - at `key` in `$.field`" for a mapping's key
+            condition, path = str(error).split(" - at ")
+            field = re.split(r"\W", path.partition("$.")[2], maxsplit=1)[0]
             expected = _expectation(condition, annotations[field])
             fix = f"Return a {kind.__name__} with such a `{field}`"
             self._fail(hook, f"field `{field}`", fields[field], expected, fix)
