@@ -246,5 +246,8 @@ def _origin_of(plugin: object, functions: dict[str, Callable[..., Any]]) -> Orig
     origin = _nameless(plugin)
     if "backend_info" not in functions:
         return origin
-    name = getattr(functions["backend_info"](), "name", origin.name)
+    try:
+        name = getattr(functions["backend_info"](), "name", origin.name)
+    except Exception:  # noqa: BLE001 - the check of backend_info() says so, in the usual form
+        return origin
     return Origin(str(name), origin.value, type(plugin).__name__, "passed as an object", "")

@@ -157,9 +157,13 @@ class Validator:
         stream = self._expect_stream("create_stream", info, self._call("create_stream", None, 0))
         event = self._call("create_event", None, False, False)
         self._expect_protocol("create_event", event, Event)
-        with self._context(stream):
+        context = self._context(stream)
+        self._run("stream_context", context.__enter__)
+        try:
             self._expect_current("inside stream_context()", stream)
             self._call("record_event", event, None)
+        finally:
+            self._run("stream_context", context.__exit__, None, None, None)
         self._expect_current("after stream_context()", before)
         self._call("wait_event", event, before)
         self._call("wait_stream", before, stream)
@@ -241,8 +245,11 @@ class Validator:
     # --- Kinds of check ---
 
     def _call(self, hook: str, *arguments: object) -> Any:
+        return self._run(hook, self._hooks[hook], *arguments)
+
+    def _run(self, hook: str, function: Callable[..., Any], *arguments: object) -> Any:
         try:
-            return self._hooks[hook](*arguments)
+            return function(*arguments)
         except Exception as error:
             message = (
                 f"{self._origin}: {hook}() raised {error!r} while the plugin was activated. "
