@@ -90,11 +90,11 @@ def bind(hook: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function`` with the parameters and defaults that the contract gives ``hook``.
 
     The function itself where it has them; the same code with the defaults filled in where it has
-    only the parameters; an adapter where it takes fewer, or in another order.
+    only the parameters; an adapter where it takes fewer, in another order, or by position only.
     """
     spec = list(HOOKS[hook].parameters.values())
     own = _parameters(function)
-    if [parameter.name for parameter in own] == [parameter.name for parameter in spec]:
+    if [(p.name, p.kind) for p in own] == [(p.name, p.kind) for p in spec]:
         if [parameter.default for parameter in own] == [parameter.default for parameter in spec]:
             return function
         defaults = tuple(p.default for p in spec if p.default is not p.empty)
