@@ -114,25 +114,32 @@ class Backend(_Hooks):
         PluginDefinitionError
             If it implements a hook rather than wrap one, or wraps one that does not exist.
         ArgumentValueError
-            If it is registered already.
+            If it wraps nothing, it is registered already, or the name is taken.
         """
         hooks = self._wrapped_hooks(wrappers)
+        where = "Backend.register"
+        if not hooks:
+            expected = "an object with functions marked @hwcore.hookimpl(wrapper=True)"
+            raise ArgumentValueError(
+                describe(where, "`wrappers`", wrappers, expected, "Mark its functions so")
+            )
         with self._lock:
+            if self._pluggy.is_registered(wrappers):
+                expected = "an object that is not registered"
+                raise ArgumentValueError(
+                    describe(where, "`wrappers`", wrappers, expected, "Unregister it first")
+                )
             try:
                 self._pluggy.register(wrappers, name)
             except pluggy.PluginValidationError as error:
-                self._pluggy.unregister(wrappers)
+                if self._pluggy.is_registered(wrappers):  # pluggy 1.7 undoes it by itself
+                    self._pluggy.unregister(wrappers)
                 message = f"{self.origin}: wrapper {wrappers!r} does not fit the contract: {error}."
                 raise PluginDefinitionError(message, self.info.name) from error
             except ValueError as error:
+                expected = "a name that is not taken"
                 raise ArgumentValueError(
-                    describe(
-                        "Backend.register",
-                        "`wrappers`",
-                        wrappers,
-                        "an object that is not registered",
-                        "Unregister it first",
-                    )
+                    describe(where, "`name`", name, expected, "Choose another, or none")
                 ) from error
             self._bind(hooks)
 
