@@ -72,7 +72,8 @@ class Backend(_Hooks):
         from hwcore.defaults import Defaults
 
         defaults = Defaults(self.info)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._checking = False
         self._plugin_hooks = frozenset(functions)
         self._functions = {
             hook: binding.bind(
@@ -213,6 +214,8 @@ class Backend(_Hooks):
     def _guard(self, hook: str) -> Callable[..., Any]:
         def check_device_first(*arguments: Any, **named: Any) -> Any:
             with self._lock:
+                if self._checking:  # by this thread: a hook under check calls its own backend
+                    return self._functions[hook](*arguments, **named)
                 if self._unchecked:
                     self._check_device_hooks()
                     self._bind(DEVICE_HOOKS)
@@ -221,7 +224,11 @@ class Backend(_Hooks):
         return check_device_first
 
     def _check_device_hooks(self) -> None:
-        self._validator.device_hooks(self.info)
+        self._checking = True
+        try:
+            self._validator.device_hooks(self.info)
+        finally:
+            self._checking = False
         self._unchecked = frozenset()
 
     def _wrapped_hooks(self, wrappers: object) -> list[str]:
