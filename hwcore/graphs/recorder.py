@@ -20,9 +20,6 @@ __all__ = ["Recorder"]
 
 aten = torch.ops.aten
 
-# Composite ops kept as one call, as eager runs them: taken apart in Python they choose other
-# matrix kernels, and with them other roundings. They read nothing on the host.
-_WHOLE = set()
 # Memory whose contents nobody may rely on: nothing to do again.
 _UNINITIALISED = {
     aten.empty,
@@ -63,7 +60,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leav
         super().__init__()  # type: ignore[no-untyped-call] # torch leaves it untyped
         self.devices: set[str] = set()
         self._steps: list[Callable[[], object]] = []
-        self._constants: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._constants: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._written: set[int] = set()
 
     def __torch_dispatch__(
@@ -72,12 +69,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leav
         kwargs = kwargs or {}
         if types:
             return NotImplemented  # a tensor subclass: the plain calls it makes come here again
-        if func.overloadpacket not in _WHOLE:
-            with self:
-                # In inference mode composite ops arrive whole, the reads inside them unseen.
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        with self:
+            # In inference mode composite ops arrive whole, the reads inside them unseen.
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         check_call(func, args, kwargs)
         result = func(*args, **kwargs)
         if func.namespace != "profiler" and func.overloadpacket not in _UNINITIALISED:
@@ -86,7 +82,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leav
 
     def _record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         if func.overloadpacket in _CONSTANT:
-            self._constants.append((len(self._steps), result.detach(), result.clone()))
+            self._constants.append((result.detach(), result.clone()))
             return
         # Storages rather than the schema tell what is new: `_unsafe_view` returns an undeclared
         # alias, and some ops write one argument and return another tensor as well.
@@ -108,13 +104,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leav
         self._written.update(_storage(t) for t in tensors_in(written))
 
     def finish(self, outputs: Any) -> list[Callable[[], object]]:
-        """Return the steps, with the constants that must be written again in their places."""
+        """Return the steps of a replay; those that restore overwritten constants come first."""
         # Whoever is handed a constant may write into it.
         self._written.update(_storage(t) for t in tensors_in(outputs))
-        for place, constant, value in reversed(self._constants):
-            if _storage(constant) in self._written:
-                self._steps.insert(place, partial(aten.copy_.default, constant, value))
-        return self._steps
+        restore = [
+            partial(aten.copy_.default, constant, value)
+            for constant, value in self._constants
+            if _storage(constant) in self._written
+        ]
+        return [*restore, *self._steps]
 
 
 def _step(
@@ -140,8 +138,6 @@ def _step(
 @functools.cache
 def _out_overload(func: Any) -> tuple[Any, list[str]] | None:
     """Return the overload that writes the results of func into given tensors, and their names."""
-    if func.overloadpacket in _WHOLE:
-        return None  # with out= they choose other kernels too
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
     if func._schema.is_mutable or any(str(r.type) != "Tensor" for r in func._schema.returns):
         return None
