@@ -48,7 +48,6 @@ _TENSOR_SPLIT = {torch.tensor_split, torch.Tensor.tensor_split}
 
 # Reads that torch's tags miss.
 _READING_OPS = {
-    aten._choose_qparams_per_tensor,
     aten._linalg_check_errors,
     aten._pack_padded_sequence,
 }
