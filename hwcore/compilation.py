@@ -164,7 +164,8 @@ def _is_module(model: object) -> bool:
 
 
 def _check_model(model: object) -> None:
-    if callable(model) and not inspect.isclass(model):
+    # A staticmethod object is callable, but what replaced it in its class would get a `self`.
+    if callable(model) and not inspect.isclass(model) and not isinstance(model, staticmethod):
         return
     fix = "Decorate the function itself (below @staticmethod or @classmethod), or pass an instance"
     expected = "a function, method or torch.nn.Module instance"
