@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 
@@ -11,39 +10,10 @@ import torch
 
 import hwcore
 from hwcore import binding
-from hwcore.cpu import CpuPlugin
 from hwcore.hookspecs import HOOKS
-from hwcore.types import Availability, BackendInfo
+from hwcore.types import BackendInfo
 
-INFO = BackendInfo(
-    name="acme",
-    device_type="cpu",
-    vendor="Test",
-    api_version="1.0",
-    quirks=frozenset({"unindexed_device"}),
-)
-
-
-def backend(**namespace):
-    namespace.setdefault("backend_info", hwcore.hookimpl(lambda self: INFO))
-    return hwcore.Backend(type("Acme", (CpuPlugin,), namespace)())
-
-
-class Minimal:
-    """As few hooks as a plugin may have: for the rest there are the defaults."""
-
-    @hwcore.hookimpl
-    def backend_info(self):
-        return INFO
-
-    @hwcore.hookimpl
-    def probe(self):
-        return Availability(ok=True)
-
-    @hwcore.hookimpl
-    def is_initialized(self):
-        return False
-
+from ._plugins import INFO, Minimal, backend
 
 # --- Plugin or default ----------------------------------------------------------------------------
 
@@ -264,87 +234,9 @@ def test_bind_gives_every_default_hook_the_contracts_signature():
     for hook, signature in HOOKS.items():
         if hook in ("backend_info", "probe"):
             continue
-        bound = binding.bind(hook, getattr(Defaults(INFO), hook))
+        bound = binding.bind(hook, getattr(Defaults(BackendInfo(**INFO)), hook))
         got = [(p.name, p.default) for p in inspect.signature(bound).parameters.values()]
         assert got == [(p.name, p.default) for p in signature.parameters.values()]
-
-
-# --- When the device is checked -------------------------------------------------------------------
-
-
-class Counted(CpuPlugin):
-    """Counts how often memory is asked for: only the check of the device does that here."""
-
-    def __init__(self, live):
-        self.live = live
-        self.asked = 0
-        self.fails = False
-
-    @hwcore.hookimpl
-    def backend_info(self):
-        return INFO
-
-    @hwcore.hookimpl
-    def is_initialized(self):
-        return self.live
-
-    @hwcore.hookimpl
-    def memory_info(self):
-        self.asked += 1
-        return None if self.fails else super().memory_info()
-
-
-def test_a_live_device_is_checked_at_once():
-    plugin = Counted(live=True)
-    hw = hwcore.Backend(plugin)
-    assert plugin.asked == 1
-    hw.create_stream()
-    hw.current_stream()
-    assert plugin.asked == 1
-
-
-@pytest.mark.parametrize("hook", ["create_stream", "create_event", "current_stream", "generator"])
-def test_a_device_that_is_not_live_is_checked_at_its_first_use_and_then_no_more(hook):
-    plugin = Counted(live=False)
-    hw = hwcore.Backend(plugin)
-    hw.device_string()
-    hw.graph_pool()
-    assert plugin.asked == 0
-    for _ in range(3):
-        getattr(hw, hook)()
-        assert plugin.asked == 1
-    assert hw.current_stream.__func__ is CpuPlugin.current_stream, "no guard is left behind"
-
-
-def test_a_check_that_fails_is_made_again_at_the_next_use():
-    plugin = Counted(live=False)
-    plugin.fails = True
-    hw = hwcore.Backend(plugin)
-    for calls in (1, 2, 3):
-        with pytest.raises(hwcore.HwcoreError, match=r"memory_info\(\) got None"):
-            hw.create_stream()
-        assert plugin.asked == calls
-    plugin.fails = False
-    hw.create_stream()
-    assert plugin.asked == 4
-    hw.create_event()
-    assert plugin.asked == 4
-
-
-def test_a_hook_may_call_its_backend_while_the_device_is_checked():
-    class Plugin(CpuPlugin):
-        @hwcore.hookimpl
-        def backend_info(self):
-            return INFO
-
-        @hwcore.hookimpl
-        def stream_context(self, stream):
-            assert self.backend.current_stream() is not None
-            return contextlib.nullcontext() if stream is None else stream
-
-    plugin = Plugin()
-    plugin.backend = hwcore.Backend(plugin)
-    assert plugin.backend.create_stream() is not None
 
 
 def test_device_is_a_torch_device(hw):

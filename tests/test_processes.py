@@ -99,6 +99,11 @@ def test_a_spawned_child_of_a_live_device_works(site):
     assert in_child(site, "spawn", "acme") == "acme"
 
 
+def test_a_fork_unsafe_device_counts_as_live_from_the_start(site):
+    site.add("acme", 'info = {**info, "quirks": info["quirks"] | {"fork_unsafe"}}')
+    assert in_child(site, "fork", "acme").startswith("ForkError")
+
+
 def test_a_fork_is_refused_for_every_way_to_a_backend_and_in_grandchildren(site):
     site.add("acme", LIVE)
     code = """
