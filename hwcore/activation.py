@@ -38,7 +38,6 @@ class _Process:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.selecting = False
         self.loading: set[str] = set()
         self.decision: Decision | None = None
         self.backend: Backend | None = None
@@ -116,7 +115,7 @@ def load_backend(name: str) -> Backend:
 def _select(name: str | None) -> Backend:
     with _process.lock:
         _check_fork()
-        if _process.selecting or discovery.in_probe:
+        if discovery.in_probe:
             raise _asked_too_early()
         if _process.decision is None:
             source = "hwcore.use" if name else _env.BACKEND
@@ -137,11 +136,7 @@ def _select(name: str | None) -> Backend:
                 f"else uses hwcore, or run one process per backend."
             )
             raise SelectionError(message)
-        _process.selecting = True
-        try:
-            _process.backend = _load(_process.decision.origin)
-        finally:
-            _process.selecting = False
+        _process.backend = _load(_process.decision.origin)
         return _process.backend
 
 
@@ -240,7 +235,6 @@ def _before_fork() -> None:
 
 def _after_fork() -> None:
     _process.lock = threading.RLock()  # its holder, if any, is not in this process
-    _process.selecting = False
     _process.loading.clear()
     _process.forked_from_live = _process.forked_from_live or _process.live_at_fork
 
