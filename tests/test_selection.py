@@ -96,6 +96,19 @@ def test_a_plugin_that_is_not_automatic_is_not_probed_in_automatic_selection(sit
     assert site.run(SELECT).output == ["cpu"]
 
 
+def test_a_plugin_that_is_not_automatic_is_passed_over_even_if_it_was_probed(site):
+    """As doctor does, which probes every plugin."""
+    site.add("acme", BY_NAME_ONLY)
+    site.add("apex", BY_NAME_ONLY + ABSENT.format("apex"))
+    code = """
+        from hwcore import probing, selection
+        request = selection.plan(None, "test")
+        decision = selection.decide(request, probing.probe(request.to_probe))
+        print(decision.origin.name, decision.warning)
+    """
+    assert site.run(code).output == ["cpu None"]
+
+
 # --- By name --------------------------------------------------------------------------------------
 
 
