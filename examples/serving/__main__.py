@@ -1,0 +1,85 @@
+"""The demo: decode six prompts plainly and with tree speculation, compare, and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from examples.serving import report, sizing
+from examples.serving.compare import compare, top_two
+from examples.serving.model import Model
+from examples.serving.prompts import PROMPTS, as_chat
+from examples.serving.weights import load
+
+if TYPE_CHECKING:
+    from examples.serving.compare import Outcome
+
+_CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half an answer
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--short", is_flag=True, help="One prompt, 48 tokens, one round.")
+def main(out: Path, rounds: int, tokens: int, short: bool) -> None:
+    """Decode real prompts plainly and with tree speculation; write a report.
+
+    Exit status: 0 the tokens are the same both ways; 1 they are not.
+    """
+    console = Console(highlight=False)
+    chosen, rounds, tokens = (PROMPTS[:1], 1, 48) if short else (PROMPTS, rounds, tokens)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("Starting", total=None)
+        network, tokenizer = load(lambda stage: progress.update(task, description=stage))
+        prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in chosen}
+        longest = max(map(len, prompts.values())) + tokens
+        # A step may overshoot by a tree; costs are measured on the same cache.
+        model = Model(network, max(longest, _CONTEXT) + 2 * max(sizing.SIZES))
+        progress.update(task, description="Weights loaded", total=1, completed=1)
+
+        passes = 3 if short else 7
+        task = progress.add_task("Measuring what a tree costs", total=passes + 1)
+        costs = sizing.measure(model, _CONTEXT, rounds=passes, tick=lambda: progress.advance(task))
+
+        task = progress.add_task("Decoding, both ways", total=rounds * len(prompts))
+        outcomes = compare(
+            model, prompts, tokens, rounds, costs, tick=lambda: progress.advance(task)
+        )
+        path = report.write(out, outcomes, costs, tokenizer.eos_token_id)
+
+    answer = tokenizer.decode(outcomes[0].speculative[-1].tokens, skip_special_tokens=True)
+    console.print(Panel(Text(answer), title=f"{outcomes[0].name}: the answer"))
+    console.print(_summary(outcomes))
+    console.print(f"Report: {path}")
+    wrong = [outcome for outcome in outcomes if outcome.first_difference() is not None]
+    for outcome in wrong:
+        place = outcome.first_difference()
+        best = top_two(model, outcome.prompt, outcome.plain[0].tokens[:place])
+        shown = ", ".join(f"{tokenizer.decode([token])!r} {logit:.6f}" for token, logit in best)
+        console.print(f"[bold red]{outcome.name}: tokens differ at {place}[/]; logits: {shown}")
+    raise SystemExit(1 if wrong else 0)
+
+
+def _summary(outcomes: list[Outcome]) -> Table:
+    table = Table("prompt", "accept length", "plain tok/s", "speculative tok/s", "ratio", "tokens")
+    for o in outcomes:
+        style = "green" if o.ratio >= report.PAYS else "yellow"
+        same = "identical" if o.first_difference() is None else "[bold red]DIFFERENT[/]"
+        speeds = f"{o.plain_tokens_per_s:.1f}", f"{o.speculative_tokens_per_s:.1f}"
+        table.add_row(
+            o.name, f"{o.accept_length:.2f}", *speeds, f"[{style}]{o.ratio:.2f}x[/]", same
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Choosing the tree's size: what each size costs, measured, against what it should bring."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from examples.serving.step import plain_step, tree_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from examples.serving.lookup import Draft
+    from examples.serving.model import Model
+
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+
+_PRIOR = 1.0  # steps' worth of belief in the draft's own chances
+_MEMORY = 0.97  # weight that an observation keeps with each later one
+# What a tree must promise over plain decoding: the best of many noisy estimates flatters itself.
+_MARGIN = 1.15
+
+
+def measure(
+    model: Model,
+    context: int,
+    sizes: Sequence[int] = SIZES,
+    rounds: int = 7,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[int, float]:
+    """Measure the seconds of a step with trees of each size, ``context`` tokens in the cache.
+
+    A step is all that decoding does for it but drafting: tree, forward, verify, commit. The trees
+    are chains, the dearest to verify; size 1 is plain decoding. Rounds go through all sizes in
+    turn, so that a disturbance hits them alike; medians count. One round goes ahead unmeasured.
+    """
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    model.cache.length = 0
+    with torch.inference_mode():
+        plain_step(model, [1] * context)
+        for measured in range(rounds + 1):
+            for size in sizes:
+                model.cache.length = context
+                start = time.perf_counter()
+                if size == 1:
+                    plain_step(model, [1])
+                else:
+                    tree_step(model, [1] * size, range(-1, size - 1), size - 1)
+                if measured:
+                    seconds[size].append(time.perf_counter() - start)
+            tick()
+    return {size: statistics.median(times) for size, times in seconds.items()}
+
+
+class Sizer:
+    """Chooses, for one text, the tree size that should give most tokens a second.
+
+    It keeps, for matches of like length, how often the node of each rank turned out to be on the
+    path. Only tokens already decoded teach it, but they teach it about trees that were never run:
+    a draft that plain decoding ignored is compared with what followed all the same. So it finds
+    its way back from plain decoding without trying.
+    """
+
+    def __init__(self, costs: Mapping[int, float]) -> None:
+        self.costs = dict(costs)
+        self._hits: defaultdict[tuple[int, int], float] = defaultdict(float)
+        self._trials: defaultdict[tuple[int, int], float] = defaultdict(float)
+        self._pending: list[tuple[Draft, int]] = []
+
+    @property
+    def largest(self) -> int:
+        """The largest size there is a cost for."""
+        return max(self.costs)
+
+    def expected(self, draft: Draft, size: int) -> float:
+        """Return the tokens to expect of one step with the first ``size`` nodes of a draft."""
+        kind, tokens = _kind(draft), 1.0
+        for rank in range(1, min(size, len(draft))):
+            hits = self._hits[kind, rank] + _PRIOR * draft.chances[rank]
+            tokens += hits / (self._trials[kind, rank] + _PRIOR)
+        return tokens
+
+    def choose(self, draft: Draft) -> int:
+        """Return the size with the best expected tokens a second; 1 is plain decoding."""
+        speeds = {size: self.expected(draft, size) / self.costs[size] for size in self.costs}
+        best = max(speeds, key=speeds.__getitem__)
+        return best if speeds[best] > _MARGIN * speeds[1] else 1
+
+    def watch(self, draft: Draft, place: int) -> None:
+        """Remember a draft whose root is followed by the text's token number ``place``."""
+        if len(draft) > 1:
+            self._pending.append((draft, place))
+
+    def learn(self, text: list[int]) -> None:
+        """Settle the drafts whose fate the text has decided."""
+        still = []
+        for draft, place in self._pending:
+            nodes, ended = draft.path(text[place:])
+            if ended:
+                self._settle(draft, set(nodes))
+            else:
+                still.append((draft, place))
+        self._pending = still
+
+    def _settle(self, draft: Draft, accepted: set[int]) -> None:
+        kind = _kind(draft)
+        for rank in range(1, len(draft)):
+            key = kind, rank
+            self._hits[key] = _MEMORY * self._hits[key] + (rank in accepted)
+            self._trials[key] = _MEMORY * self._trials[key] + 1
+
+
+def _kind(draft: Draft) -> int:
+    """Return the class of match lengths that a draft is judged with: 1, 2-3, 4-7, 8-15, …."""
+    return draft.agreement.bit_length()

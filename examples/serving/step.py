@@ -1,0 +1,60 @@
+"""The two kinds of step: one token, or a tree of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwcore.speculative import build_tree, commit, verify_greedy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from examples.serving.model import Model
+
+
+def plain_step(model: Model, tokens: Sequence[int]) -> int:
+    """Append tokens to the model's cache and return the one that follows."""
+    batch = torch.tensor([list(tokens)], device=model.device)
+    return int(model.forward(batch, last=1)[0, -1].argmax())
+
+
+def tree_step(
+    model: Model, tokens: Sequence[int], parents: Sequence[int], spec_steps: int
+) -> list[int]:
+    """Run a draft tree through the model, keep the path that it agrees with, return what follows.
+
+    Parameters
+    ----------
+    model : Model
+        Its cache ends before the root, and afterwards with the last accepted node.
+    tokens, parents : sequence of int
+        As in :func:`hwcore.speculative.build_tree`, for the one request there is.
+    spec_steps : int
+        Greatest depth of a node.
+
+    Returns
+    -------
+    tokens : list of int
+        The accepted drafts and the model's own next token: at least one.
+    """
+    device, length, size = model.device, model.cache.length, len(tokens)
+    seq_lens = torch.tensor([length], device=device)
+    tree = build_tree(
+        torch.tensor([list(tokens)], device=device),
+        torch.tensor([list(parents)], device=device),
+        seq_lens,
+        spec_steps=spec_steps,
+        seq_lens_sum=length,
+    )
+    # For a single request the FULL mask is the attention mask as it stands.
+    mask = tree.tree_mask.view(1, 1, size, length + size)
+    logits = model.forward(tree.draft_tokens, tree.positions.unsqueeze(0), mask)
+    slots = length + torch.arange(size, device=device).unsqueeze(0)
+    done = commit(tree, verify_greedy(tree, logits), seq_lens, slots)
+    if done.kv_src is not None and done.kv_dst is not None:
+        model.cache.move(done.kv_src[0], done.kv_dst[0])
+    model.cache.length = int(done.new_seq_lens)
+    emitted: list[int] = done.accept_tokens[0, : int(done.accept_lens)].tolist()
+    return emitted

