@@ -1,0 +1,63 @@
+"""Prompt-lookup tree speculation against plain greedy decoding, on the demo's real model.
+
+From a checkout only, with the extra ``demo`` installed: ``python benchmarks/speculation.py``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hwcore.cli.measurement import Row
+
+_CONTEXT = 256
+# Prompts whose answers repeat the prompt must gain; the others are for information.
+_TARGETS = {"edit": 1.5, "repeat": 1.5}
+
+
+def run(quick: bool = False) -> list[Row]:
+    """Return the rows of this subject: a ratio of decoding speeds a prompt.
+
+    Raises
+    ------
+    RuntimeError
+        If speculation gave a token that plain decoding does not give.
+    """
+    try:
+        from examples.serving import sizing
+        from examples.serving.compare import compare
+        from examples.serving.model import Model
+        from examples.serving.prompts import PROMPTS, as_chat
+        from examples.serving.weights import load
+    except ImportError as error:
+        what = f"not measured: {error}"
+        return [Row(what, math.nan, "x", None, False, "needs a checkout and hwcore[demo]")]
+
+    tokens, rounds, passes = (48, 1, 3) if quick else (128, 3, 7)
+    network, tokenizer = load(lambda _: None)
+    names = _TARGETS if quick else [prompt.name for prompt in PROMPTS]
+    prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in PROMPTS if p.name in names}
+    slots = max(*map(len, prompts.values()), _CONTEXT) + tokens + 2 * max(sizing.SIZES)
+    model = Model(network, slots)
+    costs = sizing.measure(model, _CONTEXT, rounds=passes)
+    rows = []
+    for outcome in compare(model, prompts, tokens, rounds, costs):
+        place = outcome.first_difference()
+        if place is not None:
+            message = f"{outcome.name}: a wrong token at {place} of {tokens}"
+            raise RuntimeError(message)
+        plain, drafted = outcome.plain_tokens_per_s, outcome.speculative_tokens_per_s
+        detail = f"{plain:.1f} → {drafted:.1f} tok/s, accept length {outcome.accept_length:.2f}"
+        target = _TARGETS.get(outcome.name)
+        rows.append(Row(outcome.name, outcome.ratio, "x", target, False, detail))
+    return rows
+
+
+def main() -> None:
+    """Print the rows."""
+    for row in run():
+        target = "" if row.target is None else f" (target {row.target}x)"
+        print(f"{row.what:10} {row.value:5.2f}x{target}  {row.detail}")
+
+
+if __name__ == "__main__":
+    main()
