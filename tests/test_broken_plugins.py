@@ -278,8 +278,8 @@ def test_an_entry_point_may_name_a_module_an_instance_or_a_class(site, value):
         "box = types.SimpleNamespace(plugin=types.SimpleNamespace("
         "backend_info=backend_info, probe=probe))\n"
         "class Plugin:\n"
-        "    backend_info = staticmethod(backend_info)\n"
-        "    probe = staticmethod(probe)\n"
+        "    @hwcore.hookimpl\n    def backend_info(self):\n        return backend_info()\n"
+        "    @hwcore.hookimpl\n    def probe(self):\n        return probe()\n"
     )
     site.add("acme", body, good=False, value=value)
     code = """

@@ -102,7 +102,7 @@ def test_a_wrapper_sees_the_defaults_filled_in(backend):
     backend.create_event()  # the device's check is over
     backend.register(Seer())
     backend.create_event()
-    backend.create_event(None, True)
+    assert backend.create_event(None, True).enable_timing, "and so does the hook itself"
     backend.create_event(blocking=True)
     backend.graph_replay([])
     assert seen == [(None, False, False), (None, True, False), (None, False, True), (None, None)]
