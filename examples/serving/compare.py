@@ -38,16 +38,21 @@ class Outcome:
     @property
     def ratio(self) -> float:
         """Median of the rounds' ratios of decoding speed: what disturbs a round hits both sides."""
-        return self._ratio(lambda answer: answer.decode_s)
+        return statistics.median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        """The ratio of each round; where they lie far apart, something disturbed the machine."""
+        return self._ratios(lambda answer: answer.decode_s)
 
     @property
     def ratio_with_prefill(self) -> float:
         """The same for the whole answer, the prefill included, which speculation cannot help."""
-        return self._ratio(lambda answer: answer.prefill_s + answer.decode_s)
+        return statistics.median(self._ratios(lambda run: run.prefill_s + run.decode_s))
 
-    def _ratio(self, seconds: Callable[[Answer], float]) -> float:
+    def _ratios(self, seconds: Callable[[Answer], float]) -> list[float]:
         pairs = zip(self.plain, self.speculative, strict=True)
-        return statistics.median(seconds(plain) / seconds(drafted) for plain, drafted in pairs)
+        return [seconds(plain) / seconds(drafted) for plain, drafted in pairs]
 
     @property
     def accept_length(self) -> float:

@@ -58,7 +58,8 @@ SmolLM2-135M-Instruct, fp32, greedy, one request at a time, on the backend \
 
 *accept length*: mean tokens a step, plain steps included. *own words*: tokens before the first \
 end-of-text; what follows it is no answer. *ratio*: decoding speed over plain decoding, median of \
-the rounds' ratios; *with prefill*: of the whole answer. *tree sizes*: nodes x steps, all rounds.
+the ratios of the *rounds*, which lie far apart where something else used the machine; *with \
+prefill*: of the whole answer. *tree sizes*: nodes x steps, all rounds.
 
 ![tokens per second, cost of a step by tree size, tree sizes chosen](speculation.png)
 
@@ -93,7 +94,7 @@ def _load() -> str:
 
 def _table(outcomes: Sequence[Outcome], end_of_text: int) -> str:
     heads = ["prompt", "prompt tokens", "own words", "accept length", "plain tokens/s"]
-    heads += ["speculative tokens/s", "ratio", "with prefill", "tree sizes"]
+    heads += ["speculative tokens/s", "ratio", "rounds", "with prefill", "tree sizes"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for o in outcomes:
         tokens = o.plain[0].tokens
@@ -102,7 +103,7 @@ def _table(outcomes: Sequence[Outcome], end_of_text: int) -> str:
         lines.append(
             f"| {o.name} | {len(o.prompt)} | {own} | {o.accept_length:.2f} | "
             f"{o.plain_tokens_per_s:.1f} | {o.speculative_tokens_per_s:.1f} | **{o.ratio:.2f}** | "
-            f"{o.ratio_with_prefill:.2f} | {sizes} |"
+            f"{min(o.ratios):.2f} to {max(o.ratios):.2f} | {o.ratio_with_prefill:.2f} | {sizes} |"
         )
     return "\n".join(lines)
 

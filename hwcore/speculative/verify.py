@@ -104,7 +104,8 @@ def verify_greedy(tree: DraftTree, target: Tensor) -> VerifyResult:
     predict = torch.zeros(bs, n, dtype=torch.int32, device=device)
     predict.scatter_(1, node, token.to(torch.int32))
     path = [first_row]
-    # A request whose walk has ended stays at its last node, and writes the same values again.
+    # A request whose walk has ended stays at its last node, whatever an argmax that is free to
+    # choose among equal logits says there the next time.
     for _ in range(tree.spec_steps):
         agrees = (tree.parents == node) & (tree.draft_tokens == token)  # [bs, N]
         child = torch.where(agrees, column, n).amin(1, keepdim=True)
