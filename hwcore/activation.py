@@ -115,7 +115,7 @@ def load_backend(name: str) -> Backend:
 def _select(name: str | None) -> Backend:
     with _process.lock:
         _check_fork()
-        if discovery.in_probe:
+        if discovery.in_probe or _process.loading:  # by this thread, which holds the lock
             raise _asked_too_early()
         if _process.decision is None:
             source = "hwcore.use" if name else _env.BACKEND
@@ -224,13 +224,20 @@ def _check_fork() -> None:
 
 def _before_fork() -> None:
     """Note which device context is live; the child cannot find out any more."""
-    live = [
-        name
-        for name, backend in _process.loaded.items()
-        if not isinstance(backend, PluginError)
-        and ("fork_unsafe" in backend.info.quirks or backend.is_initialized())
-    ]
-    _process.live_at_fork = live[0] if live else None
+    _process.live_at_fork = None
+    for name, backend in list(_process.loaded.items()):
+        if not isinstance(backend, PluginError) and _is_live(backend):
+            _process.live_at_fork = name
+
+
+def _is_live(backend: Backend) -> bool:
+    if "fork_unsafe" in backend.info.quirks:
+        return True
+    try:
+        return backend.is_initialized()
+    except Exception:  # noqa: BLE001 - a fork must not fail for what a driver says
+        _log.exception("is_initialized() of backend %s failed; taken as live", backend.info.name)
+        return True
 
 
 def _after_fork() -> None:

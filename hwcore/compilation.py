@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from hwcore.errors import ArgumentTypeError, describe
 from hwcore.types import CompileRequest
+from hwcore.validation import Validator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +110,7 @@ def _compile(
         return _resolve(model, options, backend)
 
     lock = threading.Lock()
+    target: Callable[..., Any]
 
     def first_call(*args: Any, **kwargs: Any) -> Any:
         nonlocal target
@@ -117,7 +119,7 @@ def _compile(
                 target = _resolve(model, options, backend)
         return target(*args, **kwargs)
 
-    target: Callable[..., Any] = first_call
+    target = first_call
 
     # Nothing but the call: this is what a disabled function costs, every time.
     @functools.wraps(model)
@@ -135,7 +137,8 @@ def _resolve(
 
     backend = backend or current_backend()
     name = getattr(model, "__qualname__", type(model).__qualname__)
-    policy = backend.compile_policy(CompileRequest(name, **options))
+    answer = backend.compile_policy(CompileRequest(name, **options))
+    policy = Validator(backend.origin, {}).compile_policy(answer)
     if not policy.enabled:
         _log_once(backend.info.name, policy.reason)
         return model

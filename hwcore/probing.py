@@ -204,14 +204,15 @@ class _Lines:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._buffer = b""
+        self._poll = select.poll()  # select.select fails in a server with 1024 files open
+        self._poll.register(descriptor, select.POLLIN)
 
     def next(self, timeout_s: float) -> bytes | None:
         """Return the next line, or None at the end; raise TimeoutError past the deadline."""
         deadline = time.monotonic() + timeout_s
         while b"\n" not in self._buffer:
-            left = max(deadline - time.monotonic(), 0)
-            ready, _, _ = select.select([self._descriptor], [], [], left)
-            if not ready:
+            left_s = max(deadline - time.monotonic(), 0)
+            if not self._poll.poll(left_s * 1000):
                 raise TimeoutError
             chunk = os.read(self._descriptor, 1 << 16)
             if not chunk:

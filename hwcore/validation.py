@@ -124,16 +124,10 @@ class Validator:
             answer = self._call("needs_cpu_fallback", torch.zeros(1), purpose)
             self._expect("needs_cpu_fallback", answer, bool)
 
-        compile_policy = self._dataclass(
-            "compile_policy",
-            self._call("compile_policy", CompileRequest(name="hwcore.validation")),
-            CompilePolicy,
-        )
+        self.compile_policy(self._call("compile_policy", CompileRequest(name="hwcore.validation")))
         plan_policy = self._dataclass(
             "plan_stream_policy", self._call("plan_stream_policy"), PlanStreamPolicy
         )
-        if not compile_policy.enabled:
-            self._require_text("compile_policy", "field `reason`", compile_policy.reason)
         if not plan_policy.enabled:
             self._require_text("plan_stream_policy", "field `reason`", plan_policy.reason)
         self._dataclass("host_memory_policy", self._call("host_memory_policy"), HostMemoryPolicy)
@@ -142,6 +136,13 @@ class Validator:
         if "distributed_backend" in optional:
             name = self._expect("distributed_backend", self._call("distributed_backend"), str)
             self._require_text("distributed_backend", "", name)
+
+    def compile_policy(self, answer: object) -> CompilePolicy:
+        """Return a checked policy; an answer may differ from function to function."""
+        policy = self._dataclass("compile_policy", answer, CompilePolicy)
+        if not policy.enabled:
+            self._require_text("compile_policy", "field `reason`", policy.reason)
+        return policy
 
     def device_hooks(self, info: BackendInfo) -> None:
         """Check what touches the device: memory, generator, a round through streams and events."""
@@ -260,7 +261,8 @@ class Validator:
     def _expect(self, hook: str, value: Any, kind: type[_T]) -> _T:
         if not isinstance(value, kind):
             name = kind.__name__
-            self._fail(hook, "", value, f"a {name}", f"Return a {name}")
+            article = "an" if name[0] in "AEIOU" else "a"
+            self._fail(hook, "", value, f"{article} {name}", f"Return {article} {name}")
         return value
 
     def _expect_protocol(self, hook: str, value: object, kind: type[Any]) -> None:

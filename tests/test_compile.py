@@ -12,7 +12,7 @@ import torch
 import hwcore
 from hwcore import compilation
 from hwcore.cpu import CpuPlugin
-from hwcore.errors import ArgumentTypeError
+from hwcore.errors import ArgumentTypeError, PluginReturnError
 from hwcore.types import BackendInfo, CompilePolicy, CompileRequest
 
 ON = CompilePolicy(enabled=True, backend="eager")
@@ -250,11 +250,14 @@ def test_threads_that_call_at_once_ask_once(compiled):
     assert len(plugin.asked) == len(compiled) == 1
 
 
-def test_a_policy_that_raises_is_asked_again(compiled):
+def test_a_wrong_answer_for_one_function_is_named_and_asked_for_again(compiled):
     plugin, backend = device()
     function = hwcore.compile(len, backend=backend)
     plugin.policy = None
-    with pytest.raises(AttributeError):
+    with pytest.raises(PluginReturnError, match=r"compile_policy\(\) got None"):
+        function("ab")
+    plugin.policy = CompilePolicy(enabled=False)
+    with pytest.raises(PluginReturnError, match=r"compile_policy\(\) field `reason` got ''"):
         function("ab")
     plugin.policy = ON
     assert function("ab") == ("compiled", 2)

@@ -56,7 +56,7 @@ CASES = {
     "probe returns a bool": (
         PROBE + "return True",
         (errors.PluginReturnError, ValueError),
-        ("probe() got True (bool); expected a Availability. Return a Availability",),
+        ("probe() got True (bool); expected an Availability. Return an Availability",),
     ),
     "probe returns nothing": (
         PROBE + "pass",
@@ -155,3 +155,15 @@ def test_the_way_past_works(site):
     done = site.run(SELECT, HWCORE_DISABLE_PLUGINS="acme,hwcore-apex")
     assert done.output == ["good"]
     assert site.run(SELECT, HWCORE_BACKEND="good").output == ["good"]
+
+
+def test_a_process_with_many_files_open_can_probe(site):
+    site.add("acme")
+    code = """
+        import os, resource, hwcore
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+        files = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+        print(hwcore.current_backend().info.name)
+    """
+    assert site.run(code).output == ["acme"]

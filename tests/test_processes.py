@@ -168,6 +168,37 @@ def test_a_fork_before_the_device_is_live_is_no_error(site):
     assert site.run(code).output == ["acme", "ForkError"]
 
 
+def test_a_device_that_cannot_say_whether_it_is_live_counts_as_live(site):
+    site.add(
+        "acme",
+        """
+        broken = False
+
+        @hwcore.hookimpl
+        def is_initialized(self):
+            if Plugin.broken:
+                raise OSError("no answer from the driver")
+            return False
+        """,
+    )
+    code = """
+        import os, hwcore, hwcore_acme
+        hwcore.use("acme")
+        hwcore_acme.Plugin.broken = True
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+        else:
+            try:
+                hwcore.current_backend()
+            except hwcore.HwcoreError as error:
+                print(type(error).__name__, flush=True)
+            os._exit(0)
+    """
+    done = site.run(code)
+    assert done.stdout == "ForkError\n"
+    assert "no answer from the driver" in done.stderr
+
+
 # --- setup() --------------------------------------------------------------------------------------
 
 
@@ -182,6 +213,19 @@ def test_asking_for_the_backend_from_setup_is_an_error_not_a_deadlock(site, call
         "asked for while it is being selected",
         "HWCORE_DISABLE_PLUGINS=acme",
     )
+
+
+def test_loading_a_backend_cannot_select_one_by_the_way(site):
+    site.add("acme", "@hwcore.hookimpl\ndef setup(self):\n    hwcore.current_backend()")
+    code = """
+        import os, hwcore
+        try:
+            hwcore.load_backend("acme")
+        except hwcore.HwcoreError as error:
+            print(type(error).__name__, os.environ.get("HWCORE_BACKEND"))
+        print(hwcore.use("cpu").info.name)
+    """
+    assert site.run(code).output == ["SetupError None", "cpu"]
 
 
 @pytest.mark.parametrize("call", ["current_backend()", 'use("acme")', 'load_backend("acme")'])
