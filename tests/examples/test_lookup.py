@@ -58,6 +58,9 @@ def test_every_budget_gives_the_beginning_of_the_larger_tree():
             assert part.parents == whole.parents[:size]
         assert all(parent < node for node, parent in enumerate(whole.parents))
         assert len(edges(whole)[0]) == len(whole), "a path occurs twice"
+        for node, chance in enumerate(whole.chances):
+            family = [whole.chances[n] for n, parent in enumerate(whole.parents) if parent == node]
+            assert sum(family) < chance, "siblings share what their parent has"
         likelier = zip(whole.chances, whole.chances[1:], strict=False)
         assert all(before >= after for before, after in likelier)
 
