@@ -2,9 +2,9 @@ import pytest
 
 
 @pytest.fixture
-def device() -> str:
-    """Where the tests put their tensors; it is to follow the backend under test."""
-    return "cpu"
+def device(hw):
+    """Where the tests put their tensors: the device of the backend under test."""
+    return hw.device()
 
 
 @pytest.fixture
