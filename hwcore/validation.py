@@ -260,9 +260,7 @@ class Validator:
 
     def _expect(self, hook: str, value: Any, kind: type[_T]) -> _T:
         if not isinstance(value, kind):
-            name = kind.__name__
-            article = "an" if name[0] in "AEIOU" else "a"
-            self._fail(hook, "", value, f"{article} {name}", f"Return {article} {name}")
+            self._fail(hook, "", value, _a(kind), f"Return {_a(kind)}")
         return value
 
     def _expect_protocol(self, hook: str, value: object, kind: type[Any]) -> None:
@@ -270,7 +268,7 @@ class Validator:
         missing = [name for name in methods if not hasattr(value, name)]
         if missing:
             expected = f"an object that also has {', '.join(missing)}"
-            self._fail(hook, "", value, expected, f"Return a hwcore.types.{kind.__name__}")
+            self._fail(hook, "", value, expected, f"Return {_a(kind)} as in hwcore.types")
 
     def _expect_device(self, hook: str, info: BackendInfo, device: object) -> None:
         if getattr(device, "type", None) != info.device_type:
@@ -294,7 +292,7 @@ class Validator:
             condition, path = str(error).split(" - at ")
             field = re.split(r"\W", path.partition("$.")[2], maxsplit=1)[0]
             expected = _expectation(condition, annotations[field])
-            fix = f"Return a {kind.__name__} with such a `{field}`"
+            fix = f"Return {_a(kind)} with such a `{field}`"
             self._fail(hook, f"field `{field}`", fields[field], expected, fix)
 
     def _fail(self, hook: str, what: str, got: object, expected: str, fix: str) -> NoReturn:
@@ -305,6 +303,11 @@ class Validator:
 
     def _fix(self, fix: str) -> str:
         return f"{fix}. {self._origin.way_past}"
+
+
+def _a(kind: type[Any]) -> str:
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    return f"{article} {kind.__name__}"
 
 
 def _expectation(condition: str, annotation: Any) -> str:
