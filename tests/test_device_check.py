@@ -34,7 +34,9 @@ def test_generator(value):
 @pytest.mark.parametrize("hook", ["create_stream", "current_stream"])
 def test_a_stream_that_is_none(hook):
     expected = "query, synchronize, record_event, wait_event, wait_stream"
-    refused(hook, "got 3 (int)", expected, "Return a hwcore.types.Stream", **{hook: answers(3)})
+    refused(
+        hook, "got 3 (int)", expected, "Return a Stream as in hwcore.types", **{hook: answers(3)}
+    )
 
 
 def test_a_stream_of_another_device():
@@ -45,7 +47,7 @@ def test_a_stream_of_another_device():
 
 def test_an_event_that_lacks_methods():
     event = types.SimpleNamespace(record=print, wait=print, query=print)
-    expected = "synchronize, elapsed_time. Return a hwcore.types.Event"
+    expected = "synchronize, elapsed_time. Return an Event as in hwcore.types"
     refused("create_event", "got namespace(", expected, create_event=answers(event))
 
 
