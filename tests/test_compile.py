@@ -11,29 +11,20 @@ import torch
 
 import hwcore
 from hwcore import compilation
-from hwcore.cpu import CpuPlugin
 from hwcore.errors import ArgumentTypeError, PluginReturnError
-from hwcore.types import BackendInfo, CompilePolicy, CompileRequest
+from hwcore.types import CompilePolicy, CompileRequest
+
+from ._plugins import Acme
 
 ON = CompilePolicy(enabled=True, backend="eager")
 
 
-class Plugin(CpuPlugin):
+class Plugin(Acme):
     """A device with a compiler; ``asked`` holds the requests."""
 
     def __init__(self, policy):
         self.policy = policy
         self.asked = []
-
-    @hwcore.hookimpl
-    def backend_info(self):
-        return BackendInfo(
-            name="acme",
-            device_type="cpu",
-            vendor="Test",
-            api_version="1.0",
-            quirks=frozenset({"unindexed_device"}),
-        )
 
     @hwcore.hookimpl
     def compile_policy(self, request):

@@ -7,22 +7,12 @@ import threading
 import pytest
 
 import hwcore
-from hwcore.cpu import CpuPlugin
 from hwcore.errors import ArgumentValueError, PluginDefinitionError
-from hwcore.types import BackendInfo
+
+from ._plugins import Acme
 
 
-class Plugin(CpuPlugin):
-    @hwcore.hookimpl
-    def backend_info(self):
-        return BackendInfo(
-            name="acme",
-            device_type="cpu",
-            vendor="Test",
-            api_version="1.0",
-            quirks=frozenset({"unindexed_device"}),
-        )
-
+class Plugin(Acme):
     @hwcore.hookimpl
     def graph_replay(self, graph):
         graph.append("run")
