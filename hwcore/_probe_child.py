@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import traceback
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,16 +29,25 @@ if TYPE_CHECKING:
     Send = Callable[..., None]
 
 
-class _NoTorch:
+class _NoTorch(Loader):
     """An import hook that refuses torch, so that no plugin gets to depend on it before setup()."""
 
-    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
-        if name.partition(".")[0] == "torch":
-            message = (
-                "torch must not be imported before setup(): a probe runs where importing torch, "
-                "or the vendor's extension of it, may fail. Move the import into setup()"
-            )
-            raise ImportError(message, name=name)
+    def find_spec(
+        self, name: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        # A spec, so that libraries may ask whether torch is there; loading it is what fails.
+        is_torch = name.partition(".")[0] == "torch"
+        return ModuleSpec(name, self) if is_torch else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        message = (
+            "torch must not be imported before setup(): a probe runs where importing torch, "
+            "or the vendor's extension of it, may fail. Move the import into setup()"
+        )
+        raise ImportError(message, name=spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Stand for what create_module never lets happen."""
 
 
 def main() -> None:

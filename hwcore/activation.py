@@ -8,8 +8,6 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from importlib_metadata import entry_points
-
 from hwcore import _env, discovery
 from hwcore.errors import (
     ArgumentTypeError,
@@ -164,14 +162,14 @@ def _load(origin: Origin) -> Backend:
 
 
 def _import_torch(origin: Origin) -> None:
-    """Import torch with its loading of device extensions off, where there are any.
+    """Import torch with its loading of device extensions off.
 
     An extension whose device is missing makes ``import torch`` itself fail and leaves the process
     unable to try again. The selected plugin's ``setup()`` imports what its device needs.
     """
     if "torch" in sys.modules:
         return
-    extensions = sorted(entry.name for entry in entry_points(group="torch.backends"))
+    extensions = sorted(entry.name for entry in discovery.declared("torch.backends"))
     before = os.environ.get(_env.AUTOLOAD)
     if extensions and before != "0":
         _log.info(
@@ -179,7 +177,8 @@ def _import_torch(origin: Origin) -> None:
             origin.name,
             ", ".join(extensions),
         )
-        os.environ[_env.AUTOLOAD] = "0"
+    # Even where there are none: looking for them, torch fails at any package's damaged metadata.
+    os.environ[_env.AUTOLOAD] = "0"
     try:
         import torch  # noqa: F401
     except Exception as error:

@@ -180,7 +180,7 @@ class Backend(_Hooks):
             return
         try:
             setup()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = f"{self.origin}: setup() raised {error!r}. {self.origin.way_past}."
             raise SetupError(message, self.info.name, "setup") from error
 

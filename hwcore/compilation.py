@@ -10,7 +10,6 @@ import functools
 import inspect
 import logging
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from hwcore.errors import ArgumentTypeError, describe
@@ -109,14 +108,13 @@ def _compile(
     if _is_module(model):
         return _resolve(model, options, backend)
 
-    lock = threading.Lock()
     target: Callable[..., Any]
 
     def first_call(*args: Any, **kwargs: Any) -> Any:
+        # No lock: selecting the backend takes one, and its setup() may call this very function.
+        # Threads that come at once resolve alike.
         nonlocal target
-        with lock:
-            if target is first_call:
-                target = _resolve(model, options, backend)
+        target = _resolve(model, options, backend)
         return target(*args, **kwargs)
 
     target = first_call

@@ -261,6 +261,9 @@ def host_memory() -> MemoryInfo:
     try:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
+        # Files that were read count as used until somebody needs the memory.
+        statistics = (group / "memory.stat").read_text().split()
+        used -= int(statistics[statistics.index("inactive_file") + 1])
     except (OSError, ValueError):  # no control group, or one that says "max"
         pass
     else:

@@ -16,10 +16,17 @@ from typing import Any
 from hwcore._env import DISABLE_PLUGINS
 from hwcore._version import __version__
 from hwcore.errors import PluginLoadError
+from hwcore.hookspecs import API_VERSION
 
-__all__ = ["BUILTIN", "GROUP", "Origin", "installed", "load"]
+__all__ = ["BUILTIN", "GROUP", "NEWER_CONTRACT", "Origin", "declared", "installed", "load"]
 
 GROUP = "hwcore.backends"
+UNREADABLE = "(unreadable)"
+NEWER_CONTRACT = (
+    f"this hwcore's contract is {API_VERSION}, and if the plugin was written for a newer one, "
+    "`pip install -U hwcore` helps"
+)
+"""Said where a plugin uses what this hwcore lacks: its own version cannot be asked any more."""
 
 in_probe = False
 """True in the child process that probes plugins: nothing may be selected or loaded there."""
@@ -77,23 +84,39 @@ BUILTIN = Origin(
 
 def installed() -> list[Origin]:
     """Return every backend that is installed, the built-in one first, then by name."""
-    # Imported here: the probe's child loads plugins and never lists them.
-    from importlib_metadata import entry_points
-
-    found = []
-    for entry in entry_points(group=GROUP):
-        dist = entry.dist
-        assert dist is not None, "entry points read from the environment carry their distribution"
-        found.append(
-            Origin(
-                name=entry.name,
-                value=entry.value,
-                distribution=dist.name,
-                version=dist.version or "unknown version",
-                location=os.path.abspath(str(dist.locate_file(""))),  # sys.path may be relative
-            )
-        )
+    found = declared(GROUP)
     return [BUILTIN, *sorted(found, key=lambda origin: (origin.name, origin.distribution))]
+
+
+def declared(group: str) -> list[Origin]:
+    """Return what installed distributions declare in a group of entry points.
+
+    Metadata that cannot be read is passed over where it has nothing to do with the group, and
+    otherwise stands as one entry that cannot be loaded: the leftovers of a plugin are an error of
+    that plugin, not of every program.
+    """
+    # Imported here: the probe's child loads plugins and never lists them.
+    from importlib_metadata import distributions
+
+    found: dict[str, list[Origin]] = {}
+    for dist in distributions():
+        text = dist.read_text("entry_points.txt") or ""
+        if group not in text:
+            continue
+        location = os.path.abspath(str(dist.locate_file("")))  # sys.path may be relative
+        try:
+            name, version = dist.name, dist.version or "unknown version"
+        except Exception:  # noqa: BLE001 - a folder without METADATA, left over or half written
+            name, version = "a distribution without METADATA", "unknown version"
+        try:
+            entries = [(entry.name, entry.value) for entry in dist.entry_points.select(group=group)]
+        except Exception:  # noqa: BLE001 - importlib fails in several ways on such a file
+            entries = [(_normalized(name), UNREADABLE)]
+        # The first on the path is the one that Python imports.
+        found.setdefault(
+            _normalized(name), [Origin(*entry, name, version, location) for entry in entries]
+        )
+    return [origin for origins in found.values() for origin in origins]
 
 
 def load(origin: Origin) -> Any:
@@ -106,6 +129,9 @@ def load(origin: Origin) -> Any:
     PluginLoadError
         If the module or the attribute is missing, or raises while it is imported or created.
     """
+    if origin.value == UNREADABLE:
+        what = f"entry_points.txt of {origin.distribution} in {origin.location} cannot be read"
+        raise _load_error(origin, what)
     module_name, _, attribute = origin.value.partition(":")
     try:
         plugin: Any = importlib.import_module(module_name.strip())
@@ -117,8 +143,11 @@ def load(origin: Origin) -> Any:
             f"registered in {origin.location}; the installation is stale or broken"
         )
         raise _load_error(origin, what) from error
-    except Exception as error:
-        raise _load_error(origin, f"importing `{module_name}` raised {error!r}") from error
+    except (Exception, SystemExit) as error:
+        what = f"importing `{module_name}` raised {error!r}"
+        if isinstance(error, ImportError) and str(error.name).partition(".")[0] == "hwcore":
+            what += f"; {NEWER_CONTRACT}"
+        raise _load_error(origin, what) from error
     try:
         for part in filter(None, attribute.strip().split(".")):
             plugin = getattr(plugin, part)
@@ -128,7 +157,7 @@ def load(origin: Origin) -> Any:
     if inspect.isclass(plugin):
         try:
             return plugin()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _load_error(origin, f"creating `{attribute}()` raised {error!r}") from error
     return plugin
 

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
     from hwcore.discovery import Origin
 
-__all__ = ["DEADLINES_S", "ProbeResult", "probe"]
+__all__ = [
+    "DEADLINES_S",
+    "ProbeResult",
+    "child_environment",
+    "kill",
+    "last_words",
+    "probe",
+    "status_text",
+]
 
 DEADLINES_S = {"start": 30.0, "import": 10.0, "probe": 2.0}
 """Seconds that a child may take to start, a plugin to be imported, and its ``probe()`` to run."""
@@ -92,7 +100,7 @@ def _run_child(origins: Sequence[Origin], only_automatic: bool) -> list[ProbeRes
         )
         raise errors.SelectionError(message)
     job = {
-        "path": sys.path,
+        "path": [entry for entry in sys.path if isinstance(entry, str)],
         "only_automatic": only_automatic,
         "origins": [dataclasses.asdict(origin) for origin in origins],
     }
@@ -100,20 +108,22 @@ def _run_child(origins: Sequence[Origin], only_automatic: bool) -> list[ProbeRes
     job["reports"] = write
     # A file, not a pipe: a child that fills a pipe nobody reads would hang.
     with open(read, "rb", buffering=0) as reports, tempfile.TemporaryFile() as noise:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "hwcore._probe_child"],
-            stdin=subprocess.PIPE,
-            stdout=noise,
-            stderr=noise,
-            pass_fds=(write,),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,
-        )
-        os.close(write)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "hwcore._probe_child"],
+                stdin=subprocess.PIPE,
+                stdout=noise,
+                stderr=noise,
+                pass_fds=(write,),
+                env=child_environment(),
+                start_new_session=True,
+            )
+        finally:
+            os.close(write)
         try:
             return _collect(child, json.dumps(job).encode(), origins, reports, noise)
         finally:
-            _kill(child)
+            kill(child)
 
 
 def _collect(
@@ -137,10 +147,12 @@ def _collect(
             line = lines.next(DEADLINES_S[phase])
         except TimeoutError:
             what = f"hung: {phase} took longer than {DEADLINES_S[phase]:g} s"
+            _check_started(phase, what, noise)
             results.append(_broken(origins[index], what, noise))
             break
         if line is None:
             what = f"crashed the process during {phase} ({_exit(child)})"
+            _check_started(phase, what, noise)
             results.append(_broken(origins[index], what, noise))
             break
         report: dict[str, Any] = json.loads(line)
@@ -170,11 +182,19 @@ def _result(origin: Origin, report: dict[str, Any]) -> ProbeResult:
     )
 
 
+def _check_started(phase: str, what: str, noise: IO[bytes]) -> None:
+    """Raise where the child failed before it had come to any plugin."""
+    if phase == "start":
+        message = (
+            f"hwcore: the child process in which plugins are probed, {sys.executable}, {what}."
+            f"{last_words(noise)} Set sys.executable to a Python that can import hwcore, or name "
+            f"the backend cpu with HWCORE_BACKEND."
+        )
+        raise errors.SelectionError(message)
+
+
 def _broken(origin: Origin, what: str, noise: IO[bytes]) -> ProbeResult:
-    noise.seek(0)
-    said = noise.read().decode(errors="replace").strip().splitlines()[-3:]
-    output = f" Its last output: {' | '.join(said)}." if said else ""
-    message = f"{origin}: probe() {what}.{output} {origin.way_past}."
+    message = f"{origin}: probe() {what}.{last_words(noise)} {origin.way_past}."
     return ProbeResult(origin, error=ProbeError(message, origin.name, "probe"))
 
 
@@ -183,6 +203,24 @@ def _exit(child: subprocess.Popen[bytes]) -> str:
         status = child.wait(timeout=1)
     except subprocess.TimeoutExpired:  # a thread, or code that closed every file, goes on
         return "it runs on and reports no more"
+    return status_text(status)
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child process that imports what this one can import."""
+    path = [entry for entry in sys.path if isinstance(entry, str) and entry]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def last_words(noise: IO[bytes]) -> str:
+    """Return the end of what a child printed, as a sentence; empty where it printed nothing."""
+    noise.seek(0)
+    said = noise.read().decode(errors="replace").strip().splitlines()[-3:]
+    return f" Its last output: {' | '.join(said)}." if said else ""
+
+
+def status_text(status: int) -> str:
+    """Return a child's exit status, or the signal that killed it, in words."""
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -191,7 +229,8 @@ def _exit(child: subprocess.Popen[bytes]) -> str:
         return f"killed by signal {-status}"
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End a child that leads a session of its own, and wait for it."""
     # The child leads a session of its own, so that what a plugin started goes with it.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

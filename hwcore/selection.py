@@ -178,7 +178,7 @@ def _unknown(name: str, source: str, found: Sequence[Origin]) -> SelectionError:
         )
         return SelectionError(message)
     names = [origin.name for origin in found]
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = (
         f"Did you mean `{near[0]}`?" if near else f"Install its plugin: pip install hwcore-{name}."
     )

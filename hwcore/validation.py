@@ -21,6 +21,7 @@ from typing import (
 
 import msgspec
 
+from hwcore.discovery import NEWER_CONTRACT
 from hwcore.errors import ApiVersionError, PluginReturnError, ProbeError, SetupError, describe
 from hwcore.hookspecs import API_VERSION
 from hwcore.types import (
@@ -251,10 +252,11 @@ class Validator:
     def _run(self, hook: str, function: Callable[..., Any], *arguments: object) -> Any:
         try:
             return function(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            newer = hook == "backend_info" and isinstance(error, TypeError)
             message = (
-                f"{self._origin}: {hook}() raised {error!r} while the plugin was activated. "
-                f"{self._origin.way_past}."
+                f"{self._origin}: {hook}() raised {error!r} while the plugin was activated"
+                f"{f'; {NEWER_CONTRACT}' if newer else ''}. {self._origin.way_past}."
             )
             raise SetupError(message, self._origin.name, hook) from error
 
@@ -286,14 +288,19 @@ class Validator:
         annotations = get_type_hints(kind, include_extras=True)
         fields = {name: getattr(value, name) for name in annotations}
         try:
-            return msgspec.convert(fields, kind)
+            converted = msgspec.convert(fields, kind)
         except msgspec.ValidationError as error:
             # "<condition> - at `$.field[0]`", or "... - at `key` in `$.field`" for a mapping's key
-            condition, path = str(error).split(" - at ")
+            condition, _, path = str(error).rpartition(" - at ")
             field = re.split(r"\W", path.partition("$.")[2], maxsplit=1)[0]
             expected = _expectation(condition, annotations[field])
             fix = f"Return {_a(kind)} with such a `{field}`"
             self._fail(hook, f"field `{field}`", fields[field], expected, fix)
+        for field, got in fields.items():
+            if getattr(converted, field) != got:  # taken for a set, but callers get what it is
+                fix = f"Return {_a(kind)} with a frozenset"
+                self._fail(hook, f"field `{field}`", got, "a frozenset", fix)
+        return converted
 
     def _fail(self, hook: str, what: str, got: object, expected: str, fix: str) -> NoReturn:
         message = describe(

@@ -47,8 +47,8 @@ INSIDE = {
     ),
     "exits while imported": (
         "import sys; print('fatal: no firmware'); sys.exit(3)",
-        (errors.ProbeError, RuntimeError),
-        ("crashed the process during import (exit status 3)", "fatal: no firmware"),
+        (errors.PluginLoadError, ImportError),
+        ("raised SystemExit(3)",),
     ),
     "backend_info raises": (
         '@hwcore.hookimpl\ndef backend_info(self):\n    raise OSError("no id")',
@@ -291,3 +291,71 @@ def test_an_entry_point_may_name_a_module_an_instance_or_a_class(site, value):
     (line,) = site.run(code).output
     module = site.folder / "hwcore_acme.py"
     assert line == f"None True ('backend_info', 'probe') acme {module}"
+
+
+# --- Metadata that cannot be read -----------------------------------------------------------------
+
+
+def spoil(site, group, text, metadata=True):
+    info = site.folder / "left_over-1.0.dist-info"
+    info.mkdir()
+    (info / "entry_points.txt").write_text(f"[{group}]\n{text}\n")
+    if metadata:
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: left-over\nVersion: 1.0\n")
+
+
+def test_entry_points_that_cannot_be_read_are_an_error_that_names_where(site):
+    spoil(site, "hwcore.backends", "no equals sign")
+    done = site.run("import hwcore; hwcore.current_backend()")
+    done.raised(
+        errors.PluginLoadError,
+        ImportError,
+        "left-over 1.0",
+        f"entry_points.txt of left-over in {site.folder} cannot be read",
+        "HWCORE_DISABLE_PLUGINS=left-over",
+    )
+    assert site.run("import hwcore; print(hwcore.use('cpu').info.name)").output == ["cpu"]
+    doctor = site.execute("-m", "hwcore.cli", "doctor")
+    assert doctor.returncode == 2, "torch itself cannot be imported beside such a file"
+    assert "left-over" in doctor.stdout
+
+
+def test_a_plugin_without_metadata_is_found_and_its_missing_module_named(site):
+    spoil(site, "hwcore.backends", "gone = hwcore_gone", metadata=False)
+    done = site.run("import hwcore; hwcore.current_backend()")
+    done.raised(
+        errors.PluginLoadError,
+        ImportError,
+        "plugin `gone` (a distribution without METADATA",
+        "`hwcore_gone` is not there",
+    )
+
+
+def test_what_is_wrong_with_other_packages_metadata_does_not_matter(site):
+    spoil(site, "console_scripts", "no equals sign")
+    assert site.run("import hwcore; print(hwcore.current_backend().info.name)").output == ["cpu"]
+
+
+# --- Ends and newer contracts ---------------------------------------------------------------------
+
+
+def test_a_setup_that_exits_is_named_and_does_not_end_the_program(site):
+    site.add("acme", "@hwcore.hookimpl\ndef setup(self):\n    raise SystemExit('bye')")
+    site.run("import hwcore; hwcore.current_backend()").raised(
+        errors.SetupError, RuntimeError, "plugin `acme` (hwcore-acme 1.0): setup() raised", "bye"
+    )
+
+
+def test_a_field_of_a_newer_contract_is_answered_with_what_to_install(site):
+    site.add("acme", "info = {**info, 'api_version': '1.1', 'new_field': 1}")
+    done = site.run("import hwcore; hwcore.current_backend()")
+    assert "new_field" in done.error
+    assert "this hwcore's contract is 1.0" in done.error
+    assert "`pip install -U hwcore`" in done.error
+
+
+def test_a_name_of_a_newer_contract_is_answered_with_what_to_install(site):
+    site.add("acme", "from hwcore.types import NotYetThere", good=False)
+    done = site.run("import hwcore; hwcore.current_backend()")
+    assert "NotYetThere" in done.error
+    assert "`pip install -U hwcore`" in done.error

@@ -167,3 +167,38 @@ def test_a_process_with_many_files_open_can_probe(site):
         print(hwcore.current_backend().info.name)
     """
     assert site.run(code).output == ["acme"]
+
+
+def test_a_child_that_cannot_start_is_not_blamed_on_a_plugin(site):
+    site.add("acme")
+    code = """
+        import sys, hwcore
+        sys.executable = "/bin/false"
+        hwcore.current_backend()
+    """
+    done = site.run(code)
+    done.raised(errors.SelectionError, RuntimeError, "/bin/false", "Set sys.executable")
+    assert "acme" not in done.error
+
+
+def test_a_path_object_on_the_import_path_does_not_matter(site):
+    site.add("acme")
+    code = """
+        import pathlib, sys, hwcore
+        sys.path.append(pathlib.Path("/nowhere"))
+        print(hwcore.current_backend().info.name)
+    """
+    assert site.run(code).output == ["acme"]
+
+
+def test_a_probe_may_ask_whether_torch_is_installed(site):
+    site.add(
+        "acme",
+        """
+        @hwcore.hookimpl
+        def probe(self):
+            import importlib.util
+            return Availability(ok=importlib.util.find_spec("torch") is not None)
+        """,
+    )
+    assert site.run(SELECT).output == ["acme"]

@@ -304,3 +304,25 @@ def test_an_import_of_torch_that_fails_is_an_error_with_the_cause_and_the_way_on
         "`import torch`, needed for backend `cpu`, failed: libtorch.so: cannot open",
         "Run `hwcore doctor`",
     )
+
+
+def test_a_compiled_function_may_be_called_from_setup_without_a_deadlock(site):
+    site.add(
+        "acme",
+        """
+        @hwcore.hookimpl
+        def setup(self):
+            import __main__
+            __main__.helper()
+        """,
+    )
+    code = """
+        import hwcore
+        @hwcore.compile
+        def helper():
+            return 1
+        helper()
+    """
+    site.run(code, timeout_s=60).raised(
+        SetupError, RuntimeError, "setup() raised SelectionError", "asked for while"
+    )

@@ -41,6 +41,8 @@ def _activate(name: str) -> dict[str, Any]:
         backend = hwcore.load_backend(name)
     except hwcore.HwcoreError as error:
         return {"ok": False, "error": str(error)}
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is the finding
+        return {"ok": False, "error": f"activating the plugin of `{name}` raised {error!r}"}
     policy = backend.compile_policy(CompileRequest(name="hwcore doctor"))
     return {
         "ok": True,

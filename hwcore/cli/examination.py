@@ -7,18 +7,17 @@ raises, hangs or crashes becomes a line of the report.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any, Literal
 
-from importlib_metadata import PackageNotFoundError, entry_points, version
+from importlib_metadata import PackageNotFoundError, version
 
 from hwcore import _env, binding, discovery
 from hwcore.cli import report
 from hwcore.errors import ApiVersionError, HwcoreError, PluginError
-from hwcore.probing import ProbeResult, probe
+from hwcore.probing import ProbeResult, child_environment, kill, last_words, probe, status_text
 from hwcore.selection import decide, plan
 from hwcore.validation import Validator
 
@@ -51,10 +50,10 @@ def torch_extensions() -> list[report.TorchExtension]:
         report.TorchExtension(
             name=entry.name,
             entry_point=entry.value,
-            distribution=entry.dist.name if entry.dist else "unknown",
-            version=entry.dist.version if entry.dist else "unknown",
+            distribution=entry.distribution,
+            version=entry.version,
         )
-        for entry in entry_points(group="torch.backends")
+        for entry in discovery.declared("torch.backends")
     ]
 
 
@@ -186,23 +185,28 @@ def _torch_fix() -> str:
 def _run_child(backend: str | None, *options: str) -> dict[str, Any]:
     """Run the activation child and return its reports by kind, with ``died`` if it did not end."""
     command = [sys.executable, "-P", "-m", "hwcore.cli._activation_child", *options]
-    child = subprocess.Popen(
-        command if backend is None else [*command, backend],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,
-    )
     heard: dict[str, Any] = {}
-    try:
-        output, _ = child.communicate(timeout=ACTIVATION_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        output, _ = child.communicate()
-        heard["died"] = f"hung for {ACTIVATION_DEADLINE_S:g} s and was ended"
-    for line in output.splitlines():
-        heard.update(json.loads(line))
-    if child.returncode and "died" not in heard:
-        heard["died"] = f"the process ended with status {child.returncode}"
+    with tempfile.TemporaryFile() as noise:
+        child = subprocess.Popen(
+            command if backend is None else [*command, backend],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            env=child_environment(),
+            start_new_session=True,
+        )
+        try:
+            output, _ = child.communicate(timeout=ACTIVATION_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            heard["died"] = f"hung for {ACTIVATION_DEADLINE_S:g} s and was ended"
+        finally:
+            kill(child)  # an interrupted doctor leaves nothing behind that holds the device
+        if "died" in heard:
+            output = b""
+        elif child.returncode:
+            heard["died"] = f"the process ended: {status_text(child.returncode)}"
+        for line in output.splitlines():
+            heard.update(json.loads(line))
+        if "died" in heard:
+            heard["died"] += last_words(noise)
     return heard
