@@ -211,7 +211,7 @@ def test_memory_is_what_the_machine_has(host):
 @pytest.mark.parametrize(
     ("limit", "used", "free", "total"),
     [
-        ("1000000\n", "400000\n", 600_000, 1_000_000),
+        ("1000000\n", "500000\n", 600_000, 1_000_000),  # 100 000 of it file cache
         ("1000000\n", "1400000\n", 0, 1_000_000),
         ("max\n", "400000\n", 8192, None),
         (None, None, 8192, None),
@@ -224,6 +224,8 @@ def test_memory_is_bounded_by_the_control_group(monkeypatch, tmp_path, limit, us
         if text:
             group.mkdir(parents=True, exist_ok=True)
             (group / name).write_text(text)
+    if limit:
+        (group / "memory.stat").write_text("anon 400000\ninactive_file 100000\nslab 1\n")
     (tmp_path / "proc").mkdir()
     available = 8192 if total is None else 10**9
     (tmp_path / "proc/meminfo").write_text(f"MemFree: 1 kB\nMemAvailable: {available // 1024} kB\n")
