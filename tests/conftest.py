@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import hwcore
+from hwcore import discovery
 
 if TYPE_CHECKING:
     import pathlib
@@ -29,6 +30,17 @@ def pytest_report_header(config):
 def hw(request):
     """The backend of this run, selected for the whole process."""
     return hwcore.use(request.config.getoption("backend"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_backend_a_process(request):
+    """torch has room for one accelerator: no test may have loaded another backend's device."""
+    yield
+    chosen = request.config.getoption("backend")
+    for origin in discovery.installed():
+        package = origin.value.partition(".")[0]
+        if origin != discovery.BUILTIN and origin.name != chosen:
+            assert package not in sys.modules, f"a test loaded {package} in a run for {chosen}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,18 @@ class PluginSite:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
+        self._hide_installed_plugins()
+
+    def _hide_installed_plugins(self) -> None:
+        """Put an empty distribution of the same name before each plugin of this environment."""
+        for origin in discovery.installed():
+            if origin != discovery.BUILTIN:
+                info = self.folder / f"{origin.distribution.replace('-', '_')}-0.dist-info"
+                info.mkdir(parents=True)
+                (info / "METADATA").write_text(
+                    f"Metadata-Version: 2.1\nName: {origin.distribution}\nVersion: 0\n"
+                )
+                (info / "entry_points.txt").write_text(f"[{discovery.GROUP}]\n")
 
     def add(
         self,
