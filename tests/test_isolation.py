@@ -1,4 +1,4 @@
-"""Installed backends leave each other's processes alone. Unlike others, these tests see them all."""
+"""Installed backends leave each other's processes alone. These tests see them all."""
 
 from __future__ import annotations
 
