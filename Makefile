@@ -38,9 +38,15 @@ demo: $(STAMP)
 	@echo "==> demo: the report goes to demo/report.md"
 	@$(BIN)/python -m examples.serving --out demo
 
+# The tokens must be the same on every backend.
 demo-short: $(STAMP)
-	@echo "==> demo, short form"
-	@$(BIN)/python -m examples.serving --short --out demo
+	@echo "==> demo, short form, on the cpu"
+	@HWCORE_BACKEND=cpu $(BIN)/python -m examples.serving --short --out demo/cpu
+	@for backend in $(filter-out cpu,$(BACKENDS)); do \
+		echo "==> demo, short form, on $$backend"; \
+		HWCORE_BACKEND=$$backend $(BIN)/python -m examples.serving --short \
+			--out demo/$$backend --same-as demo/cpu/tokens.json || exit 1; \
+	done
 
 test: $(STAMP)
 	@for backend in $(BACKENDS); do \

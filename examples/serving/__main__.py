@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+import hwcore
 from examples.serving import report, sizing
 from examples.serving.compare import compare, top_two
 from examples.serving.model import Model
@@ -29,10 +31,16 @@ _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half 
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--short", is_flag=True, help="One prompt, 48 tokens, one round.")
-def main(out: Path, rounds: int, tokens: int, short: bool) -> None:
-    """Decode real prompts plainly and with tree speculation; write a report.
+@click.option(
+    "--same-as",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="tokens.json of a run on another backend: the tokens must be those.",
+)
+def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None) -> None:
+    """Decode real prompts plainly and with tree speculation; write a report and the tokens.
 
-    Exit status: 0 the tokens are the same both ways; 1 they are not.
+    Exit status: 0 the tokens are the same both ways, and those of the other backend; 1 they are
+    not.
     """
     console = Console(highlight=False)
     chosen, rounds, tokens = (PROMPTS[:1], 1, 48) if short else (PROMPTS, rounds, tokens)
@@ -66,7 +74,13 @@ def main(out: Path, rounds: int, tokens: int, short: bool) -> None:
         best = top_two(model, outcome.prompt, outcome.plain[0].tokens[:place])
         shown = ", ".join(f"{tokenizer.decode([token])!r} {logit:.6f}" for token, logit in best)
         console.print(f"[bold red]{outcome.name}: tokens differ at {place}[/]; logits: {shown}")
-    raise SystemExit(1 if wrong else 0)
+    decoded = {outcome.name: outcome.plain[0].tokens for outcome in outcomes}
+    (out / "tokens.json").write_text(json.dumps(decoded))
+    elsewhere = decoded if same_as is None else json.loads(same_as.read_text())
+    if same_as is not None:
+        verdict = "the same tokens as" if decoded == elsewhere else "[bold red]OTHER TOKENS than[/]"
+        console.print(f"{hwcore.current_backend().info.name}: {verdict} {same_as}")
+    raise SystemExit(1 if wrong or decoded != elsewhere else 0)
 
 
 def _summary(outcomes: list[Outcome]) -> Table:
