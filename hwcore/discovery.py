@@ -6,8 +6,10 @@ Nothing here imports torch, and nothing imports a plugin before it is asked for.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
+import logging
 import os
 import pathlib
 import re
@@ -20,7 +22,10 @@ from hwcore.hookspecs import API_VERSION
 
 __all__ = ["BUILTIN", "GROUP", "NEWER_CONTRACT", "Origin", "declared", "installed", "load"]
 
+_log = logging.getLogger("hwcore")
+
 GROUP = "hwcore.backends"
+NAMELESS = "a distribution without METADATA"
 UNREADABLE = "(unreadable)"
 NEWER_CONTRACT = (
     f"this hwcore's contract is {API_VERSION}, and if the plugin was written for a newer one, "
@@ -93,30 +98,52 @@ def declared(group: str) -> list[Origin]:
 
     Metadata that cannot be read is passed over where it has nothing to do with the group, and
     otherwise stands as one entry that cannot be loaded: the leftovers of a plugin are an error of
-    that plugin, not of every program.
+    that plugin, not of every program. Where nobody can tell, it is passed over with a warning.
     """
     # Imported here: the probe's child loads plugins and never lists them.
     from importlib_metadata import distributions
 
     found: dict[str, list[Origin]] = {}
     for dist in distributions():
-        text = dist.read_text("entry_points.txt") or ""
+        try:
+            text = dist.read_text("entry_points.txt") or ""
+        except (OSError, UnicodeError):
+            _log_unreadable(_location(dist))
+            continue
         if group not in text:
             continue
-        location = os.path.abspath(str(dist.locate_file("")))  # sys.path may be relative
-        try:
-            name, version = dist.name, dist.version or "unknown version"
-        except Exception:  # noqa: BLE001 - a folder without METADATA, left over or half written
-            name, version = "a distribution without METADATA", "unknown version"
+        name = _field(dist, "name")
+        # Nameless ones are told apart by what they declare.
+        key = text if name is None else _normalized(name)
+        name = name or NAMELESS
+        version = _field(dist, "version") or "unknown version"
         try:
             entries = [(entry.name, entry.value) for entry in dist.entry_points.select(group=group)]
         except Exception:  # noqa: BLE001 - importlib fails in several ways on such a file
             entries = [(_normalized(name), UNREADABLE)]
         # The first on the path is the one that Python imports.
-        found.setdefault(
-            _normalized(name), [Origin(*entry, name, version, location) for entry in entries]
-        )
+        location = _location(dist)
+        found.setdefault(key, [Origin(*entry, name, version, location) for entry in entries])
     return [origin for origins in found.values() for origin in origins]
+
+
+@functools.cache  # a process reads all metadata several times
+def _log_unreadable(location: str) -> None:
+    _log.warning("entry_points.txt of a distribution in %s cannot be read", location)
+
+
+# Any: what importlib_metadata says that it lists differs between the versions allowed.
+def _location(dist: Any) -> str:
+    return os.path.abspath(str(dist.locate_file("")))  # sys.path may be relative
+
+
+def _field(dist: Any, field: str) -> str | None:
+    """Return a distribution's ``name`` or ``version``, or None where its METADATA gives none."""
+    try:
+        value: str | None = getattr(dist, field)
+    except Exception:  # noqa: BLE001 - a folder without METADATA, left over or half written
+        return None
+    return value or None
 
 
 def load(origin: Origin) -> Any:

@@ -331,6 +331,56 @@ def test_a_plugin_without_metadata_is_found_and_its_missing_module_named(site):
     )
 
 
+def test_two_plugins_without_metadata_are_both_found(site):
+    for name in ("gone", "lost"):
+        info = site.folder / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "entry_points.txt").write_text(f"[hwcore.backends]\n{name} = hwcore_{name}\n")
+    code = "from hwcore import discovery; print(*[o.name for o in discovery.installed()])"
+    assert site.run(code).output == ["cpu gone lost"]
+
+
+def test_a_plugin_without_metadata_that_is_found_twice_counts_once(site):
+    spoil(site, "hwcore.backends", "gone = hwcore_gone", metadata=False)
+    code = "from hwcore import discovery; print(*[o.name for o in discovery.installed()])"
+    path = f"{site.folder}:{site.folder}/../{site.folder.name}"
+    assert site.run(code, PYTHONPATH=path).output == ["cpu gone"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "described"),
+    [
+        (b"Metadata-Version: 2.1\nVersion: 1.0\n", "a distribution without METADATA 1.0"),
+        (b"Metadata-Version: 2.1\nName: left-over\n", "left-over unknown version"),
+        (b"\xff\xfe\xfa", "a distribution without METADATA unknown version"),
+    ],
+    ids=["no name", "no version", "no text"],
+)
+def test_a_plugin_whose_metadata_is_damaged_is_found(site, metadata, described):
+    spoil(site, "hwcore.backends", "gone = hwcore_gone", metadata=False)
+    (site.folder / "left_over-1.0.dist-info" / "METADATA").write_bytes(metadata)
+    code = "from hwcore import discovery; print(discovery.installed()[1])"
+    assert site.run(code).output == [f"plugin `gone` ({described})"]
+
+
+def test_the_first_of_two_copies_of_a_distribution_counts(site, tmp_path):
+    site.add("acme", version="2.0")
+    older = type(site)(tmp_path / "older")
+    older.folder.mkdir(exist_ok=True)
+    older.add("acme", version="1.0")
+    code = "from hwcore import discovery; print(*[o.version for o in discovery.installed()[1:]])"
+    path = f"{site.folder}:{older.folder}"
+    assert site.run(code, PYTHONPATH=path).output == ["2.0"]
+
+
+def test_entry_points_that_are_no_text_are_passed_over_and_said(site):
+    spoil(site, "console_scripts", "x = y")
+    (site.folder / "left_over-1.0.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe\xfa")
+    done = site.run("import hwcore; print(hwcore.use('cpu').info.name)")
+    assert done.stdout == "cpu\n", done.stderr
+    assert f"entry_points.txt of a distribution in {site.folder} cannot be read" in done.stderr
+
+
 def test_what_is_wrong_with_other_packages_metadata_does_not_matter(site):
     spoil(site, "console_scripts", "no equals sign")
     assert site.run("import hwcore; print(hwcore.current_backend().info.name)").output == ["cpu"]
