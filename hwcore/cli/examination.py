@@ -126,16 +126,19 @@ def activate(backend: str | None) -> tuple[report.TorchImport, report.Activation
     """Import torch in a child as a user would, and activate the backend where there is one."""
     heard = _run_child(backend, "--torch-first")
     torch_import = report.TorchImport(ok=True)
-    if (failure := heard.get("torch")) is not None:
+    # A child that ended before it said anything about torch ended while importing it.
+    failure = heard["torch"] if "torch" in heard else _end(heard)
+    if failure is not None:
         torch_import = report.TorchImport(ok=False, error=failure, fix=_torch_fix())
         # hwcore's own import of torch may still work: it loads no device extensions.
         heard = _run_child(backend) if backend else {}
     if backend is None:
         return torch_import, None
-    if "activation" not in heard:
-        error = heard.get("died", "the child process ended without an answer")
-        return torch_import, report.Activation(ok=False, error=error)
-    return torch_import, report.Activation(**heard["activation"])
+    answer = heard.get("activation", {"ok": True})
+    if answer["ok"] and ("activation" not in heard or "died" in heard):
+        # One that answered and died afterwards has not worked either.
+        answer = {**answer, "ok": False, "error": _end(heard)}
+    return torch_import, report.Activation(**answer)
 
 
 def exit_code(
@@ -182,10 +185,20 @@ def _torch_fix() -> str:
     )
 
 
+def _end(heard: dict[str, Any]) -> str:
+    """Return how a child ended that did not say all that it was asked."""
+    end: str = heard.get("died", "the child process ended without an answer")
+    return end
+
+
 def _run_child(backend: str | None, *options: str) -> dict[str, Any]:
-    """Run the activation child and return its reports by kind, with ``died`` if it did not end."""
+    """Run the activation child and return its reports by kind, with ``died`` if it did not end.
+
+    What a child said before it died or hung is kept.
+    """
     command = [sys.executable, "-P", "-m", "hwcore.cli._activation_child", *options]
     heard: dict[str, Any] = {}
+    died = ""
     with tempfile.TemporaryFile() as noise:
         child = subprocess.Popen(
             command if backend is None else [*command, backend],
@@ -197,16 +210,16 @@ def _run_child(backend: str | None, *options: str) -> dict[str, Any]:
         )
         try:
             output, _ = child.communicate(timeout=ACTIVATION_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            heard["died"] = f"hung for {ACTIVATION_DEADLINE_S:g} s and was ended"
+        except subprocess.TimeoutExpired as expired:
+            output = expired.output or b""
+            died = f"the process hung for {ACTIVATION_DEADLINE_S:g} s and was ended"
         finally:
             kill(child)  # an interrupted doctor leaves nothing behind that holds the device
-        if "died" in heard:
-            output = b""
-        elif child.returncode:
-            heard["died"] = f"the process ended: {status_text(child.returncode)}"
-        for line in output.splitlines():
+        if not died and child.returncode:
+            died = f"the process ended: {status_text(child.returncode)}"
+        if died:
+            heard["died"] = f"{died}.{last_words(noise)}"
+    for line in output.splitlines(keepends=True):
+        if line.endswith(b"\n"):  # a child that was ended may leave half a line
             heard.update(json.loads(line))
-        if "died" in heard:
-            heard["died"] += last_words(noise)
     return heard

@@ -20,6 +20,13 @@ BREAKS_TORCH = """
     def load():
         raise ImportError("libacme.so: cannot open shared object file")
 """
+ACTIVATE_FOR_5_S = """
+    from hwcore.cli import examination
+    examination.ACTIVATION_DEADLINE_S = 5
+    torch_import, activation = examination.activate({backend!r})
+    print(torch_import.ok, torch_import.error)
+    print(activation and (activation.ok, activation.error))
+"""
 
 
 def examine(site, **variables):
@@ -28,10 +35,10 @@ def examine(site, **variables):
     return done.returncode, msgspec.json.decode(done.stdout, type=Report)
 
 
-def install_extension_that_breaks_torch(site):
+def install_extension_that_breaks_torch(site, body=BREAKS_TORCH):
     site.add(
         "torch_acme",
-        BREAKS_TORCH,
+        body,
         good=False,
         distribution="torch-acme",
         group="torch.backends",
@@ -207,6 +214,64 @@ def test_a_selected_backend_that_cannot_be_activated_gives_exit_status_2(site, s
     assert plugin(report, "acme").state == "available"
     assert not report.activation.ok
     assert said in report.activation.error
+
+
+@pytest.mark.parametrize("end", ["os._exit(7)", "os.abort()"])
+def test_a_torch_that_ends_the_process_is_not_called_working(site, end):
+    (site.folder / "torch.py").write_text(f"import os; os.write(2, b'illegal opcode'); {end}")
+    status, report = examine(site)
+    assert status == 2
+    assert not report.torch_import.ok
+    assert "illegal opcode" in report.torch_import.error
+    assert not report.activation.ok
+
+
+def test_an_extension_that_ends_the_process_is_told_from_a_torch_that_does(site):
+    install_extension_that_breaks_torch(site, "def load():\n    import os\n    os._exit(7)")
+    status, report = examine(site)
+    assert status == 2
+    assert "exit status 7" in report.torch_import.error
+    assert "torch_acme" in report.torch_import.fix
+    assert report.activation.ok, "hwcore itself imports torch without its extensions"
+
+
+@pytest.mark.parametrize("backend", ["cpu", None])
+def test_a_torch_that_hangs_is_not_called_working(site, backend):
+    (site.folder / "torch.py").write_text(
+        "import os, time; os.write(2, b'waiting'); time.sleep(99)"
+    )
+    torch_import, activation = site.run(ACTIVATE_FOR_5_S.format(backend=backend)).output
+    error = "the process hung for 5 s and was ended. Its last output: waiting."
+    assert torch_import == f"False {error}"
+    assert activation == str(backend and (False, error))
+
+
+def test_what_was_said_before_a_hang_is_kept(site):
+    (site.folder / "torch.py").write_text("")
+    site.add("acme", "import time; time.sleep(99)", good=False)
+    torch_import, activation = site.run(ACTIVATE_FOR_5_S.format(backend="acme")).output
+    assert torch_import == "True None"
+    assert activation == "(False, 'the process hung for 5 s and was ended.')"
+
+
+def test_a_driver_that_ends_the_process_after_its_answer_has_not_worked(site):
+    body = "@hwcore.hookimpl\ndef setup(self):\n    import atexit, os\n    super().setup()\n"
+    site.add("acme", body + "    atexit.register(os._exit, 7)\n")
+    status, report = examine(site)
+    assert status == 2
+    assert report.torch_import.ok
+    assert not report.activation.ok
+    assert "exit status 7" in report.activation.error
+    assert report.activation.device_count == 1, "what it said before is kept"
+
+
+def test_the_last_words_of_a_driver_that_ends_the_process_are_shown(site):
+    body = "@hwcore.hookimpl\ndef setup(self):\n    import os\n    os.write(2, b'no firmware')\n"
+    site.add("acme", body + "    os._exit(7)\n")
+    _, report = examine(site)
+    assert report.torch_import.ok
+    assert "exit status 7" in report.activation.error
+    assert "no firmware" in report.activation.error
 
 
 def test_the_text_fits_80_columns_and_says_what_the_json_says(site):
