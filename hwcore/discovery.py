@@ -13,14 +13,26 @@ import logging
 import os
 import pathlib
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hwcore._env import DISABLE_PLUGINS
+from hwcore._env import DISABLE_PLUGINS, disabled_plugins
 from hwcore._version import __version__
 from hwcore.errors import PluginLoadError
 from hwcore.hookspecs import API_VERSION
 
-__all__ = ["BUILTIN", "GROUP", "NEWER_CONTRACT", "Origin", "declared", "installed", "load"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "BUILTIN",
+    "GROUP",
+    "NEWER_CONTRACT",
+    "Origin",
+    "declared",
+    "enabled",
+    "installed",
+    "load",
+]
 
 _log = logging.getLogger("hwcore")
 
@@ -91,6 +103,12 @@ def installed() -> list[Origin]:
     """Return every backend that is installed, the built-in one first, then by name."""
     found = declared(GROUP)
     return [BUILTIN, *sorted(found, key=lambda origin: (origin.name, origin.distribution))]
+
+
+def enabled(origins: Iterable[Origin]) -> list[Origin]:
+    """Return those of ``origins`` that ``HWCORE_DISABLE_PLUGINS`` does not leave out."""
+    disabled = disabled_plugins()
+    return [o for o in origins if not any(o.matches(name) for name in disabled)]
 
 
 def declared(group: str) -> list[Origin]:

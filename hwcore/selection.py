@@ -82,9 +82,8 @@ def plan(name: str | None, source: str) -> Request:
         If two distributions offer one of the names in question.
     """
     found = discovery.installed()
-    disabled = _env.disabled_plugins()
-    origins = tuple(o for o in found if not any(o.matches(name) for name in disabled))
-    _warn_of_unmatched(disabled, found)
+    origins = tuple(discovery.enabled(found))
+    _warn_of_unmatched(_env.disabled_plugins(), found)
     if name is None:
         for origin in origins:
             _check_unique(origin.name, origins)

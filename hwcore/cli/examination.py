@@ -60,13 +60,12 @@ def torch_extensions() -> list[report.TorchExtension]:
 def probe_all() -> dict[Origin, ProbeResult | None]:
     """Probe every backend installed; None for a disabled one."""
     found = discovery.installed()
-    disabled = _env.disabled_plugins()
     results: dict[Origin, ProbeResult | None] = dict.fromkeys(found)
-    active = [o for o in found if not any(o.matches(name) for name in disabled)]
-    foreign = [o for o in active if o != discovery.BUILTIN]
+    enabled = discovery.enabled(found)
+    foreign = [o for o in enabled if o != discovery.BUILTIN]
     if foreign:
         results.update(zip(foreign, probe(foreign), strict=True))
-    if discovery.BUILTIN in active:
+    if discovery.BUILTIN in enabled:
         results[discovery.BUILTIN] = _examine_builtin()
     return results
 
