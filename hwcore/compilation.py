@@ -112,11 +112,13 @@ def _compile(
 
     def first_call(*args: Any, **kwargs: Any) -> Any:
         # No lock: selecting the backend takes one, and its setup() may call this very function.
-        # Threads that come at once resolve alike.
+        resolved = _resolve(model, options, backend)
         nonlocal target
-        target = _resolve(model, options, backend)
+        # Of threads that come at once the first decides, so that all run one compiled function.
+        target = decided.setdefault("target", resolved)  # atomic
         return target(*args, **kwargs)
 
+    decided: dict[str, Callable[..., Any]] = {}
     target = first_call
 
     # Nothing but the call: this is what a disabled function costs, every time.

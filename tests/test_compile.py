@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -239,6 +240,26 @@ def test_threads_that_call_at_once_resolve_alike(compiled):
         thread.join()
     assert results == [("compiled", 2)] * 16
     assert 1 <= len(plugin.asked) <= 16
+
+
+def test_of_threads_that_call_at_once_the_first_to_resolve_decides_for_all(monkeypatch):
+    barrier, numbers, results = threading.Barrier(4), itertools.count(), []
+
+    def compile_slowly(model, **_):
+        number = next(numbers)
+        barrier.wait()  # all threads are past the question whether anybody has resolved yet
+        time.sleep(0.05 * number)
+        return lambda *_: number
+
+    monkeypatch.setattr(torch, "compile", compile_slowly)
+    function = hwcore.compile(len, backend=device()[1])
+    threads = [threading.Thread(target=lambda: results.append(function("ab"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert {*results, function("ab")} == {results[0]}
 
 
 def test_a_wrong_answer_for_one_function_is_named_and_asked_for_again(compiled):
