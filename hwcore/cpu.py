@@ -262,8 +262,8 @@ def host_memory() -> MemoryInfo:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         # Files that were read count as used until somebody needs the memory.
-        statistics = (group / "memory.stat").read_text().split()
-        used -= int(statistics[statistics.index("inactive_file") + 1])
+        lines = (group / "memory.stat").read_text().splitlines()
+        used -= int(dict(line.split() for line in lines).get("inactive_file", 0))
     except (OSError, ValueError):  # no control group, or one that says "max"
         pass
     else:

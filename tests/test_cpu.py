@@ -208,24 +208,29 @@ def test_memory_is_what_the_machine_has(host):
     assert memory.total_bytes <= int(lines["MemTotal"].split()[0]) * 1024
 
 
+STATISTICS = "anon 400000\ninactive_file 100000\nslab 1\n"
+
+
 @pytest.mark.parametrize(
-    ("limit", "used", "free", "total"),
+    ("limit", "used", "statistics", "free", "total"),
     [
-        ("1000000\n", "500000\n", 600_000, 1_000_000),  # 100 000 of it file cache
-        ("1000000\n", "1400000\n", 0, 1_000_000),
-        ("max\n", "400000\n", 8192, None),
-        (None, None, 8192, None),
+        ("1000000\n", "500000\n", STATISTICS, 600_000, 1_000_000),  # 100 000 of it file cache
+        ("1000000\n", "1400000\n", STATISTICS, 0, 1_000_000),
+        ("1000000\n", "500000\n", "anon 400000\n", 500_000, 1_000_000),
+        ("max\n", "400000\n", STATISTICS, 8192, None),
+        (None, None, None, 8192, None),
     ],
 )
-def test_memory_is_bounded_by_the_control_group(monkeypatch, tmp_path, limit, used, free, total):
+def test_memory_is_bounded_by_the_control_group(
+    monkeypatch, tmp_path, limit, used, statistics, free, total
+):
     real = pathlib.Path
     group = tmp_path / "sys/fs/cgroup"
-    for name, text in (("memory.max", limit), ("memory.current", used)):
+    files = {"memory.max": limit, "memory.current": used, "memory.stat": statistics}
+    for name, text in files.items():
         if text:
             group.mkdir(parents=True, exist_ok=True)
             (group / name).write_text(text)
-    if limit:
-        (group / "memory.stat").write_text("anon 400000\ninactive_file 100000\nslab 1\n")
     (tmp_path / "proc").mkdir()
     available = 8192 if total is None else 10**9
     (tmp_path / "proc/meminfo").write_text(f"MemFree: 1 kB\nMemAvailable: {available // 1024} kB\n")
