@@ -216,3 +216,18 @@ def test_transfer_engines(value):
 def test_distributed_backend(value):
     expected = "expected text" if isinstance(value, str) else "expected a str"
     refused("distributed_backend", f"got {value!r}", expected, distributed_backend=answers(value))
+
+
+def test_a_list_for_a_frozenset_is_refused():
+    policy = PlanStreamPolicy(recompute_after_join=["mrope_positions"])
+    refused(
+        "plan_stream_policy",
+        "field `recompute_after_join` got ['mrope_positions'] (list)",
+        "expected a frozenset",
+        plan_stream_policy=answers(policy),
+    )
+
+
+def test_a_value_that_looks_like_a_message_does_not_confuse():
+    info = BackendInfo(**{**INFO, "capabilities": frozenset({"x - at y"})})
+    refused("backend_info", "field `capabilities`", "values among", backend_info=answers(info))

@@ -25,6 +25,11 @@ BY_NAME_ONLY = 'info = {**info, "automatic": False}'
 # --- Automatic ------------------------------------------------------------------------------------
 
 
+def test_a_name_in_capitals_is_recognised_as_meant(site):
+    done = site.run(SELECT, HWCORE_BACKEND="CPU")
+    assert "Did you mean `cpu`?" in done.error
+
+
 def test_cpu_is_selected_where_no_plugin_is_installed(site):
     assert site.run(SELECT).output == ["cpu"]
 
