@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEADLINES_S",
+    "Lines",
     "ProbeResult",
     "child_environment",
     "kill",
@@ -139,7 +140,7 @@ def _collect(
         child.stdin.close()
     except BrokenPipeError:
         pass  # the child died at once; reading finds that out
-    lines = _Lines(reports.fileno())
+    lines = Lines(reports.fileno())
     results: list[ProbeResult] = []
     phase, index = "start", 0
     while len(results) < len(origins):
@@ -237,7 +238,7 @@ def kill(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-class _Lines:
+class Lines:
     """Lines from a file descriptor, each with a deadline."""
 
     def __init__(self, descriptor: int) -> None:

@@ -6,6 +6,7 @@ import click
 
 from hwcore._version import __version__
 from hwcore.cli.bench import bench
+from hwcore.cli.conformance import conformance
 from hwcore.cli.doctor import doctor
 
 __all__ = ["main"]
@@ -19,3 +20,4 @@ def main() -> None:
 
 main.add_command(doctor)
 main.add_command(bench)
+main.add_command(conformance)

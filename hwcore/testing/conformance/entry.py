@@ -1,0 +1,17 @@
+"""What pytest collects for ``hwcore conformance``; the kit comes from the session."""
+
+from __future__ import annotations
+
+import pytest
+
+from hwcore.testing.conformance.session import KIT
+from hwcore.testing.conformance import ConformanceSuite
+
+
+class TestConformance(ConformanceSuite):
+    """Every group, on the backend that the session opened."""
+
+    @pytest.fixture(scope="class")
+    def kit(self, request: pytest.FixtureRequest) -> object:
+        """The session's kit."""
+        return request.config.stash[KIT]

@@ -1,0 +1,1 @@
+"""The tests, a module for each group; to be read as the contract by example."""

@@ -1,0 +1,105 @@
+"""The core's operations that a device may bring a kernel for, with reference and inputs.
+
+A kernel takes what the reference takes and returns what it returns. A new operation of the core is
+one more entry here; a plugin's kernel under any other name would never be called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["OPERATIONS", "Operation", "leaves", "mapped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation of the core.
+
+    Attributes
+    ----------
+    name : str
+        Its key in ``kernels()``.
+    reference : callable
+        The portable implementation, which runs on any device.
+    inputs : callable
+        From a generator and a batch size to positional and named arguments on the CPU: tensors,
+        dataclasses of tensors, plain values. Values random, the batch size 0 allowed.
+    tolerance : float
+        Relative and absolute; 0: bit for bit.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    inputs: Callable[[torch.Generator, int], tuple[tuple[Any, ...], dict[str, Any]]]
+    tolerance: float = 0.0
+
+
+def leaves(result: Any, name: str = "result") -> list[tuple[str, Any]]:
+    """Return the tensors and plain values of a result, with names."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        fields = dataclasses.fields(result)
+        return [leaf for f in fields for leaf in leaves(getattr(result, f.name), f.name)]
+    if isinstance(result, (list, tuple)):
+        return [leaf for n, part in enumerate(result) for leaf in leaves(part, f"{name}[{n}]")]
+    return [(name, result)]
+
+
+def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return a value with every tensor in it changed; dataclasses are looked into."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(change, part) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: mapped(change, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+_NODES, _VOCABULARY = 7, 3  # few tokens, so that paths are accepted and siblings repeat
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _tree_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    earlier = [torch.randint(0, node, (bs,), generator=generator) for node in range(1, _NODES)]
+    parents = torch.stack([torch.full((bs,), -1), *earlier], dim=1)
+    tokens = torch.randint(0, _VOCABULARY, (bs, _NODES), generator=generator)
+    seq_lens = torch.randint(0, 40, (bs,), generator=generator)
+    mode = TreeMaskMode(int(torch.randint(0, len(TreeMaskMode), (), generator=generator)))
+    # The sum sizes a FULL mask; a device would have to be asked for it.
+    named = {"tree_mask_mode": mode, "seq_lens_sum": int(seq_lens.sum())}
+    return (tokens, parents, seq_lens), named
+
+
+def _verify_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    arguments, named = _tree_inputs(generator, bs)
+    target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
+    return (build_tree(*arguments, **named), target), {}
+
+
+def _commit_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    (_, _, seq_lens), _ = arguments = _tree_inputs(generator, bs)
+    tree = build_tree(*arguments[0], **arguments[1])
+    target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
+    slots = torch.randperm(bs * _NODES, generator=generator).view(bs, _NODES)
+    return (tree, verify_greedy(tree, target), seq_lens, slots), {}
+
+
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (
+        Operation("build_tree", build_tree, _tree_inputs),
+        Operation("verify_greedy", verify_greedy, _verify_inputs),
+        Operation("commit", commit, _commit_inputs),
+    )
+}
+"""Every operation that has a reference, by the name that ``kernels()`` uses for it."""

@@ -1,0 +1,78 @@
+"""All groups as one test class, for a vendor's own test file."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from hwcore.testing.conformance.groups.compilation import Compilation
+from hwcore.testing.conformance.groups.cpu_fallback import CpuFallback
+from hwcore.testing.conformance.groups.distributed import Distributed
+from hwcore.testing.conformance.groups.graphs import Graphs
+from hwcore.testing.conformance.groups.host_memory import HostMemory
+from hwcore.testing.conformance.groups.identity import Identity
+from hwcore.testing.conformance.groups.kernels import Kernels
+from hwcore.testing.conformance.groups.memory import Memory
+from hwcore.testing.conformance.groups.ordering import Ordering
+from hwcore.testing.conformance.groups.processes import Processes
+from hwcore.testing.conformance.groups.random_numbers import RandomNumbers
+from hwcore.testing.conformance.groups.streams import Streams
+from hwcore.testing.conformance.subject import open_kit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hwcore.backend import Backend
+    from hwcore.testing.conformance.kit import Kit
+    from hwcore.testing.conformance.raw import RawAccess
+
+__all__ = ["GROUPS", "ConformanceSuite", "group_of"]
+
+GROUPS = (
+    Identity,
+    Memory,
+    Streams,
+    Ordering,
+    HostMemory,
+    Graphs,
+    Compilation,
+    CpuFallback,
+    RandomNumbers,
+    Distributed,
+    Processes,
+    Kernels,
+)
+"""Every group, in the order of reports. A new one is a module of ``groups/`` and a line here."""
+
+
+class ConformanceSuite(*GROUPS):  # type: ignore[misc] # mypy reads no computed bases
+    """Every conformance test. Derive ``TestSomething`` from it and name the backend.
+
+    Attributes
+    ----------
+    backend : str or Backend
+        The backend under test: its name, or the object.
+    raw : RawAccess, optional
+        Raw access to the device; default: what the plugin's distribution declares under the entry
+        point group ``hwcore.conformance``, else torch alone.
+    timeout_s : float
+        Limit for each test.
+    """
+
+    backend: ClassVar[str | Backend]
+    raw: ClassVar[RawAccess | None] = None
+    timeout_s: ClassVar[float] = 30.0
+
+    @pytest.fixture(scope="class")
+    def kit(self) -> Iterator[Kit]:
+        """The backend under test and the checks; opened once for the class."""
+        with open_kit(self.backend, self.raw, self.timeout_s) as kit:
+            yield kit
+
+
+def group_of(function: object) -> str:
+    """Return the name of the group that a test function belongs to: that of its module."""
+    module = inspect.getmodule(inspect.unwrap(function))  # type: ignore[arg-type]
+    return "" if module is None else module.__name__.rpartition(".")[2]
