@@ -51,10 +51,12 @@ def tree_step(
     # For a single request the FULL mask is the attention mask as it stands.
     mask = tree.tree_mask.view(1, 1, size, length + size)
     logits = model.forward(tree.draft_tokens, tree.positions.unsqueeze(0), mask)
-    slots = length + torch.arange(size, device=device).unsqueeze(0)
-    done = commit(tree, verify_greedy(tree, logits), seq_lens, slots)
-    if done.kv_src is not None and done.kv_dst is not None:
-        model.cache.move(done.kv_src[0], done.kv_dst[0])
-    model.cache.length = int(done.new_seq_lens)
-    emitted: list[int] = done.accept_tokens[0, : int(done.accept_lens)].tolist()
+    slots = length + torch.arange(size, device=device).unsqueeze(0)  # [1, N]
+    committed = commit(tree, verify_greedy(tree, logits), seq_lens, slots)
+    assert committed.kv_src is not None
+    assert committed.kv_dst is not None
+    model.cache.move(committed.kv_src[0], committed.kv_dst[0])
+    # The step's one wait for the device: lengths are read off the tokens, -1 past the last.
+    emitted = [token for token in committed.accept_tokens[0].tolist() if token >= 0]
+    model.cache.length = length + len(emitted)
     return emitted
