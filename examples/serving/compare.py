@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """Every run of one prompt: ``plain[i]`` and ``speculative[i]`` ran one after the other."""
+    """Every run of one prompt: ``plain[i]`` and ``speculative[i]`` are of the same round."""
 
     name: str
     prompt: list[int]
@@ -43,7 +43,7 @@ class Outcome:
     @property
     def ratios(self) -> list[float]:
         """The ratio of each round; where they lie far apart, something disturbed the machine."""
-        return self._ratios(lambda answer: answer.decode_s)
+        return self._ratios(lambda run: run.decode_s)
 
     @property
     def ratio_with_prefill(self) -> float:
@@ -52,7 +52,7 @@ class Outcome:
 
     def _ratios(self, seconds: Callable[[Answer], float]) -> list[float]:
         pairs = zip(self.plain, self.speculative, strict=True)
-        return [seconds(plain) / seconds(drafted) for plain, drafted in pairs]
+        return [seconds(plain) / seconds(speculative) for plain, speculative in pairs]
 
     @property
     def accept_length(self) -> float:
@@ -60,7 +60,7 @@ class Outcome:
         return statistics.mean(answer.accept_length for answer in self.speculative)
 
     def first_difference(self) -> int | None:
-        """Return where a speculative run first parts from the plain tokens, or None: nowhere."""
+        """Return where any run first parts from the first plain one, or None: nowhere."""
         reference = self.plain[0].tokens
         places = [
             next(i for i, (a, b) in enumerate(zip(reference, run.tokens, strict=True)) if a != b)
@@ -78,20 +78,26 @@ def compare(
     costs: Mapping[int, float],
     tick: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
-    """Decode every prompt both ways, ``rounds`` times; call ``tick`` after each pair of runs."""
-    outcomes = {name: Outcome(name, list(prompt)) for name, prompt in prompts.items()}
+    """Decode ``count`` tokens of every prompt both ways, ``rounds`` times.
+
+    ``costs`` are the seconds of a step by tree size; ``tick`` is called after each pair of runs.
+    """
+    outcomes = [Outcome(name, list(prompt)) for name, prompt in prompts.items()]
     for turn in range(rounds):
-        for outcome in outcomes.values():
+        for outcome in outcomes:
             ways = [(outcome.plain, None), (outcome.speculative, costs)]
             # Each way goes first in turn, so that neither always finds the caches warm.
             for runs, tree_costs in ways if turn % 2 == 0 else reversed(ways):
                 runs.append(decode(model, outcome.prompt, count, tree_costs))
             tick()
-    return list(outcomes.values())
+    return outcomes
 
 
 def top_two(model: Model, prompt: Sequence[int], tokens: Sequence[int]) -> list[tuple[int, float]]:
-    """Return the two likeliest next tokens after a prompt and tokens, each with its logit."""
+    """Return the two likeliest next tokens after a prompt and tokens, each with its logit.
+
+    All in one forward: the logits may differ a little from those that decoding met.
+    """
     model.cache.length = 0
     with torch.inference_mode():
         text = torch.tensor([[*prompt, *tokens]], device=model.device)

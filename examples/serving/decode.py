@@ -27,7 +27,8 @@ class Answer:
     tokens : list of int
         Exactly as many as were asked for; the end-of-text token does not stop the run.
     prefill_s, decode_s : float
-        Seconds up to the first token, and from there to the last.
+        Seconds up to the first token, and from there to the end of the last step, which with
+        speculation may give more tokens than are kept.
     sizes, accepted : list of int
         Tree size of each step after the prefill, and tokens that it emitted, bonus included.
     """
@@ -63,7 +64,7 @@ def decode(
     count : int
         Tokens to decode, at least 2.
     costs : mapping of int to float, optional
-        Seconds of a forward by tree size (see :mod:`examples.serving.sizing`): decode with
+        Seconds of a step by tree size (see :mod:`examples.serving.sizing`): decode with
         speculation. Default: plainly.
     """
     model.cache.length = 0

@@ -30,6 +30,11 @@ def sizes_used(outcome: Outcome) -> Counter[int]:
     return Counter(size for run in outcome.speculative for size in run.sizes)
 
 
+def _plain_share(outcome: Outcome) -> float:
+    sizes = sizes_used(outcome)
+    return sizes[1] / sizes.total()
+
+
 def write(
     folder: Path,
     outcomes: Sequence[Outcome],
@@ -41,14 +46,18 @@ def write(
     _plot(folder / "speculation.png", outcomes, costs)
     count, rounds = len(outcomes[0].plain[0].tokens), len(outcomes[0].plain)
     winners = [o.name for o in outcomes if o.ratio >= PAYS]
-    others = [f"{o.name} ({o.ratio:.2f}x)" for o in outcomes if o.ratio < PAYS]
+    others = [
+        f"{o.name} ({o.ratio:.2f}x, {_plain_share(o):.0%} of its steps plain)"
+        for o in outcomes
+        if o.ratio < PAYS
+    ]
     report = folder / "report.md"
     report.write_text(
         f"""# Prompt-lookup tree speculation on a real model
 
 SmolLM2-135M-Instruct, fp32, greedy, one request at a time, on the backend \
 `{hwcore.current_backend().info.name}` ({torch.get_num_threads()} threads, torch \
-{torch.__version__}, {_load()}).
+{torch.__version__}, {_machine()}).
 {count} tokens a prompt, decoded to the last: the end-of-text token does not stop a run. \
 {rounds} interleaved round(s), medians.
 
@@ -67,7 +76,7 @@ prefill*: of the whole answer. *tree sizes*: nodes x steps, all rounds.
 
 Pays (ratio at least {PAYS}): {", ".join(winners) or "nowhere"}.
 Does **not** pay: {", ".join(others) or "none of these prompts"}. Where a text says what was not \
-said before, drafts fail; the sizer sees it and mostly decodes plainly.
+said before, drafts fail; the sizer learns it and turns to plain steps.
 
 ## What a tree costs
 
@@ -86,7 +95,7 @@ def _identical(outcomes: Sequence[Outcome]) -> str:
     return f"NO, they differ on {', '.join(wrong)}" if wrong else "on all prompts, in every round"
 
 
-def _load() -> str:
+def _machine() -> str:
     if not hasattr(os, "getloadavg"):
         return f"{os.cpu_count()} cores"
     return f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end"

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from examples.serving import sizing
-from examples.serving.compare import compare, top_two
-from examples.serving.decode import decode
+from examples.serving.compare import Outcome, compare, top_two
+from examples.serving.decode import Answer, decode
 from examples.serving.model import Model
 from examples.serving.report import write
 from examples.serving.step import plain_step, tree_step
@@ -114,3 +114,20 @@ def test_comparison_and_report(tiny, tmp_path):
     best = top_two(tiny, outcomes[1].prompt, outcomes[1].plain[0].tokens[:7])
     assert best[0][0] == outcomes[1].plain[0].tokens[7]
     assert best[0][1] >= best[1][1]
+
+
+def test_the_report_says_where_speculation_does_not_pay(hw, tmp_path):
+    def answer(decode_s, sizes):
+        return Answer([3] * 5, 1.0, decode_s, sizes, [1] * len(sizes))
+
+    plain = answer(4.0, [1] * 4)
+    copied = Outcome("copied", [1, 2], [plain], [answer(2.0, [4, 4])])
+    invented = Outcome("invented", [1, 2], [plain], [answer(5.0, [1, 1, 1, 4])])
+    assert (copied.ratio, invented.ratio) == (2.0, 0.8)
+    assert copied.ratio_with_prefill == pytest.approx(5 / 3)
+    costs = {1: 1.0, 4: 1.5}
+    text = write(tmp_path, [copied, invented], costs, end_of_text=0).read_text(encoding="utf-8")
+    assert "Pays (ratio at least 1.05): copied." in text
+    assert "Does **not** pay: invented (0.80x, 75% of its steps plain)." in text
+    assert "| invented | 2 | 5 | 1.00 | 1.0 | 0.8 | **0.80** | 0.80 to 0.80 | 0.83 |" in text
+    assert "| 4 | 1500.0 | 1.50 |" in text
