@@ -56,7 +56,7 @@ def tree_step(
     assert committed.kv_src is not None
     assert committed.kv_dst is not None
     model.cache.move(committed.kv_src[0], committed.kv_dst[0])
-    # The step's one wait for the device: lengths are read off the tokens, -1 past the last.
+    # One copy to the host tells tokens and length: -1 stands past the last token.
     emitted = [token for token in committed.accept_tokens[0].tolist() if token >= 0]
     model.cache.length = length + len(emitted)
     return emitted
