@@ -62,9 +62,12 @@ lint: $(STAMP)
 
 # From outside the checkout, so that nothing is found that the wheel does not carry.
 wheel: $(STAMP)
-	@echo "==> sdist and wheel"
-	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null && ls dist
-	@echo "==> the wheel in a fresh virtual environment"
+	@echo "==> sdist and wheel of hwcore, wheel of every plugin"
+	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
+	@for plugin in $(dir $(wildcard plugins/*/pyproject.toml)); do \
+		$(BIN)/python -m build --no-isolation --wheel --outdir dist $$plugin >/dev/null || exit 1; \
+	done; ls dist
+	@echo "==> the wheels in a fresh virtual environment"
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; here=$$(pwd); \
 		$(PYTHON) -m venv "$$fresh/venv"; \
 		"$$fresh/venv/bin/pip" install --quiet --disable-pip-version-check \
@@ -73,7 +76,8 @@ wheel: $(STAMP)
 		venv/bin/python -c 'import hwcore; assert "site-packages" in hwcore.__file__; \
 			print(hwcore.__version__, hwcore.current_backend())'; \
 		venv/bin/hwcore doctor; \
-		venv/bin/hwcore bench --quick dispatch || test $$? = 1
+		venv/bin/hwcore bench --quick dispatch || test $$? = 1; \
+		HWCORE_SIM_CACHE="$$fresh/cache" venv/bin/hwcore conformance --backend sim
 
 bench: $(STAMP)
 	@$(BIN)/hwcore bench
