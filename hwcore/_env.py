@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
+
+from hwcore.errors import ArgumentValueError, describe
 
 BACKEND = "HWCORE_BACKEND"
 DISABLE_PLUGINS = "HWCORE_DISABLE_PLUGINS"
 DEBUG = "HWCORE_DEBUG"
+SANITIZE = "HWCORE_SANITIZE"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 MEANINGS = {
     BACKEND: "the backend to select; empty: automatic",
     DISABLE_PLUGINS: "plugins or distributions to leave out, separated by commas",
     DEBUG: "1: debug checks on",
+    SANITIZE: "1 or raise, warn, collect: race sanitizer on, and what it does at a race",
     AUTOLOAD: "torch's own; 0: import torch loads no device extension",
 }
 
@@ -31,3 +36,26 @@ def disabled_plugins() -> tuple[str, ...]:
 def debug_enabled() -> bool:
     """Say whether ``HWCORE_DEBUG`` is on: set to anything but 0, false, no or off."""
     return os.environ.get(DEBUG, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def sanitize() -> Literal["raise", "warn", "collect"] | None:
+    """Return what ``HWCORE_SANITIZE`` asks for at a race, or None where it is off.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the value has no meaning: a misspelt one would be a sanitizer that is silently off.
+    """
+    value = os.environ.get(SANITIZE, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return None
+    if value in ("1", "true", "yes", "on", "raise"):
+        return "raise"
+    if value == "warn":
+        return "warn"
+    if value == "collect":
+        return "collect"
+    expected = "1, raise, warn, collect, or 0 for off"
+    raise ArgumentValueError(
+        describe("hwcore", f"the variable {SANITIZE}", value, expected, "Set it to one of these")
+    )

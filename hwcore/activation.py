@@ -158,7 +158,17 @@ def _load(origin: Origin) -> Backend:
         finally:
             _process.loading.discard(origin.name)
         _process.loaded[origin.name] = known
+        _sanitize(known)
     return known
+
+
+def _sanitize(backend: Backend) -> None:
+    """Switch the race sanitizer on if the environment asks for it; imported only then."""
+    on_race = _env.sanitize()
+    if on_race is not None:
+        from hwcore.testing.sanitizer import enable
+
+        enable(backend, on_race)
 
 
 def _import_torch(origin: Origin) -> None:

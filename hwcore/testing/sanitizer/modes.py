@@ -1,0 +1,112 @@
+"""How the sanitizer hears of torch calls: a dispatch mode in each thread, and host reads.
+
+Dispatch modes belong to a thread. Threads started while a sanitizer is on get one of their own;
+autograd's threads take over the mode of the thread that called backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hwcore.testing.sanitizer.operations import enter_call, enter_host_read
+from hwcore.testing.sanitizer.schemas import op_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hwcore.testing.sanitizer.tracker import Tracker
+
+__all__ = ["Mode", "Patches"]
+
+
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
+    """Shows the tracker every torch call of a thread, once it has returned."""
+
+    supports_higher_order_operators = True  # they pass; the ops that they run are seen
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        self._tracker = tracker
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if types:
+            return NotImplemented  # a tensor subclass: the plain calls it makes come here again
+        op = op_of(func)
+        if op.kind == "inert" or not self._tracker.active:
+            return func(*args, **kwargs)
+        if op.kind == "composite":
+            # In inference mode composite ops arrive whole, views and copies alike.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        enter_call(self._tracker, func, op, args, kwargs, result)
+        return result
+
+
+class Patches:
+    """What has to be replaced, process-wide, while a sanitizer is on.
+
+    ``threading.Thread.start``, to enter a mode in the new thread. ``Tensor.tolist``, ``numpy`` and
+    ``cpu``, which read host memory without a torch call that a mode sees.
+    """
+
+    _READS = ("tolist", "numpy", "cpu")
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._start = threading.Thread.start
+
+    def apply(self) -> None:
+        """Replace the functions."""
+        setattr(threading.Thread, "start", self._starting())  # noqa: B010 - mypy refuses the other
+        for name in self._READS:
+            setattr(torch.Tensor, name, self._reading(name))
+
+    def undo(self) -> None:
+        """Put the functions back; threads that run go on with a mode that does nothing."""
+        setattr(threading.Thread, "start", self._start)  # noqa: B010
+        for name in self._READS:
+            delattr(torch.Tensor, name)  # inherited from the class below
+
+    def _starting(self) -> Callable[..., None]:
+        start, tracker = self._start, self._tracker
+
+        @functools.wraps(start)
+        def started(thread: threading.Thread) -> None:
+            run = thread.run
+
+            def watched() -> None:
+                try:
+                    with Mode(tracker):
+                        run()
+                finally:
+                    del thread.run
+
+            if not thread.ident:  # a second start is an error, for start to raise
+                thread.run = watched  # type: ignore[method-assign]
+            start(thread)
+
+        return started
+
+    def _reading(self, name: str) -> Callable[..., Any]:
+        read = getattr(torch.Tensor, name)
+        tracker = self._tracker
+
+        @functools.wraps(read)
+        def reading(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = read(tensor, *args, **kwargs)
+            if tracker.active:
+                enter_host_read(tracker, tensor, f"Tensor.{name}")
+            return result
+
+        return reading

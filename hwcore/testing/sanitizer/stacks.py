@@ -1,0 +1,94 @@
+"""Where the program was: the user's frames, taken in a microsecond and put into words later."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import pluggy
+import torch
+
+import hwcore
+
+if TYPE_CHECKING:
+    from types import CodeType, FrameType
+
+__all__ = ["Stack", "assigned_name", "capture", "lines"]
+
+Stack = tuple[tuple["CodeType", int], ...]
+"""Code and the offset of the instruction that ran, innermost first."""
+
+DEPTH = 8
+"""Frames kept."""
+
+_CORE = os.path.dirname(hwcore.__file__)
+_FOLDERS = [os.path.dirname(file) for file in (torch.__file__, pluggy.__file__, __file__)]
+_HIDDEN = (
+    *(os.path.join(folder, "") for folder in _FOLDERS),
+    *(os.path.join(_CORE, file) for file in ("backend.py", "binding.py")),
+    "<frozen",
+)
+_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
+_TEST_RUNNER = re.compile(r"[/\\]_?pytest[/\\]")
+_ASSIGNMENT = re.compile(r"(\w+)\s*(?::[^=]+)?=[^=].*create_stream")
+
+_hidden: dict[str, bool] = {}
+
+
+def capture() -> Stack:
+    """Return the innermost frames that are neither torch's, hwcore's binding nor this package's."""
+    found: list[tuple[CodeType, int]] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        file = code.co_filename
+        hidden = _hidden.get(file)
+        if hidden is None:
+            hidden = _hidden[file] = _is_hidden(file)
+        if not hidden and not (file == "<string>" and code.co_name == "<lambda>"):
+            found.append((code, frame.f_lasti))
+            if len(found) == DEPTH:
+                break
+        frame = frame.f_back
+    return tuple(found)
+
+
+def lines(stack: Stack) -> tuple[str, ...]:
+    """Return the frames as ``file:line in function``, innermost first."""
+    return tuple(_line(code, offset) for code, offset in stack)
+
+
+def assigned_name(stack: Stack) -> str | None:
+    """Return what the line of a call to create_stream assigns to: ``plan = hw.create_stream()``."""
+    if not stack:
+        return None
+    code, offset = stack[0]
+    text = linecache.getline(code.co_filename, _line_number(code, offset))
+    found = _ASSIGNMENT.search(text)
+    return found.group(1) if found else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _line(code: CodeType, offset: int) -> str:
+    file = code.co_filename
+    below = os.path.join(os.getcwd(), "")
+    shown = file.removeprefix(below)
+    return f"{shown}:{_line_number(code, offset)} in {code.co_name}"
+
+
+def _line_number(code: CodeType, offset: int) -> int:
+    for start, end, line in code.co_lines():
+        if start <= offset < end and line is not None:
+            return line
+    return code.co_firstlineno
+
+
+def _is_hidden(file: str) -> bool:
+    if file.startswith(_HIDDEN) or _TEST_RUNNER.search(file):
+        return True
+    # Installed packages may lie below the standard library.
+    return file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
