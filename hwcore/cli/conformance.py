@@ -1,4 +1,4 @@
-"""``hwcore conformance``: does a backend do what the contract says?"""
+"""``hwcore conformance``: whether a backend does what the contract says."""
 
 from __future__ import annotations
 

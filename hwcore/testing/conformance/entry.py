@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hwcore.testing.conformance.session import KIT
 from hwcore.testing.conformance import ConformanceSuite
+from hwcore.testing.conformance.session import KIT
 
 
 class TestConformance(ConformanceSuite):
@@ -13,5 +13,5 @@ class TestConformance(ConformanceSuite):
 
     @pytest.fixture(scope="class")
     def kit(self, request: pytest.FixtureRequest) -> object:
-        """The session's kit."""
+        """Return the session's kit."""
         return request.config.stash[KIT]

@@ -28,6 +28,7 @@ __all__ = ["Kit", "LateWrite", "TestNotes", "conforms"]
 _F = TypeVar("_F", bound="Callable[..., None]")
 _T = TypeVar("_T")
 _WRITTEN = 7.0
+_SHOWN = 16  # elements
 
 
 @dataclasses.dataclass
@@ -90,8 +91,6 @@ class Kit:
     Attributes
     ----------
     hw : Backend
-    device : torch.device
-        Device 0, where tests put their tensors.
     notes : TestNotes
         About the test that is running.
     """
@@ -122,6 +121,7 @@ class Kit:
 
     @functools.cached_property
     def device(self) -> torch.device:
+        """Device 0, where tests put their tensors."""
         return self.hw.device(0)
 
     # --- What a backend says of itself ---
@@ -178,6 +178,10 @@ class Kit:
                 return
             if not alike:
                 shown_got, shown_expected = _form(got), _form(expected)
+            elif got.numel() > _SHOWN:
+                differ = got.cpu() != expected.cpu()
+                shown_got, shown_expected = (_plain(t.cpu()[differ][:3]) for t in (got, expected))
+                what = f"{what}, first of {int(differ.sum())} places that differ"
         elif shown_got == shown_expected:
             return
         self.fail(what, shown_got, f"{shown_expected}, {why}", fix, hook=hook)
@@ -189,9 +193,7 @@ class Kit:
         if not holds:
             self.fail(what, got, expected, fix, hook=hook)
 
-    def fail(
-        self, what: str, got: object, expected: str, fix: str, *, hook: str = ""
-    ) -> NoReturn:
+    def fail(self, what: str, got: object, expected: str, fix: str, *, hook: str = "") -> NoReturn:
         """Fail with a message in the form of hwcore's errors, beginning with a hook."""
         hook = hook or self.notes.hook
         raise ConformanceError(describe(hook, what, _plain(got), expected, fix), hook)
@@ -217,10 +219,11 @@ class Kit:
         except DeadlineError as error:
             raise self._hang(error.inside or hook, body) from None
         except PluginError as error:
-            raise ConformanceError(f"{error.hook or hook}: {error}", error.hook or hook) from error
+            message = f"{error.hook or hook}: {error}"
+            raise ConformanceError(message, error.hook or hook) from error
         except AssertionError as error:
-            text = str(error) or "its condition does not hold"
-            raise ConformanceError(f"{hook}: {text}", hook) from error
+            message = f"{hook}: {str(error) or 'a condition of the test does not hold'}"
+            raise ConformanceError(message, hook) from error
         except Exception as error:
             culprit = hook_that_raised(error) or hook
             message = (
@@ -257,6 +260,7 @@ class LateWrite:
 
     @property
     def happened(self) -> bool:
+        """Whether the write is in memory now."""
         return bool((self._kit.raw.peek(self._target) == _WRITTEN).all())
 
 
@@ -274,7 +278,7 @@ _RAISED_FIX = "Implement the hook for them, or do not list the capability that t
 def _plain(value: object) -> object:
     """Return something whose repr is short and says what is in a tensor."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().tolist() if value.numel() <= 16 else _form(value)
+        return value.detach().cpu().tolist() if value.numel() <= _SHOWN else _form(value)
     return value
 
 

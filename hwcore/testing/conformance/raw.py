@@ -1,8 +1,8 @@
 """Raw access: values read past the API under test, by torch alone.
 
 A test that put work in a stream by ``stream_context``, ordered it by ``wait_event`` and read the
-result after ``synchronize`` would fail for a fault in any of the three. So a test calls the one hook
-that it is about, and leaves the rest to this class, which calls no hook.
+result after ``synchronize`` would fail for a fault in any of the three. So a test calls the one
+hook that it is about, and leaves the rest to this class, which calls no hook.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ class RawAccess:
     def peek(self, observable: torch.Tensor) -> torch.Tensor:
         """Return what an observable tensor holds now, waiting for nothing."""
         return observable.clone()
+
+    def priority(self, stream: Stream) -> int | None:
+        """Return the priority that a stream runs with; None where torch cannot tell."""
+        return getattr(stream, "priority", None)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Say whether a CPU tensor is page-locked, as torch sees it."""

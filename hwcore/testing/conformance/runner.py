@@ -128,9 +128,7 @@ def run_in_children(
     return found
 
 
-def _run_child(
-    options: dict[str, Any], state: _State, on_result: Callable[[Result], None]
-) -> str:
+def _run_child(options: dict[str, Any], state: _State, on_result: Callable[[Result], None]) -> str:
     """Run one child, fold what it reports, and return in words how it died if it did."""
     command = [sys.executable, "-P", "-m", __package__ + ".child", json.dumps(options)]
     state.test, state.began, state.hook = None, time.monotonic(), "setup"

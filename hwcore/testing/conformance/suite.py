@@ -67,7 +67,7 @@ class ConformanceSuite(*GROUPS):  # type: ignore[misc] # mypy reads no computed 
 
     @pytest.fixture(scope="class")
     def kit(self) -> Iterator[Kit]:
-        """The backend under test and the checks; opened once for the class."""
+        """Open the backend under test, once for the class."""
         with open_kit(self.backend, self.raw, self.timeout_s) as kit:
             yield kit
 

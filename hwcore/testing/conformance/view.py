@@ -91,7 +91,9 @@ def write_junit(report: Report, file: pathlib.Path) -> None:
             kind = "failure" if test.outcome == "failed" else "skipped"
             ElementTree.SubElement(case, kind, message=_xml_text(test.message), type=test.hook)
     if report.error:
-        case = ElementTree.SubElement(suite, "testcase", classname=suite.get("name", ""), name="run")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=suite.get("name", ""), name="run"
+        )
         ElementTree.SubElement(case, "error", message=_xml_text(report.error), type="run")
     root = ElementTree.Element("testsuites")
     root.append(suite)

@@ -23,7 +23,6 @@ OPERATORS: dict[str, Callable[[torch.Tensor], object]] = {
     "softmax": lambda x: x.softmax(-1),
     "sort": lambda x: x.sort(-1).values,
     "topk": lambda x: x.topk(2).values,
-    "unique": lambda x: x.unique(),
 }
 """Operators that devices were seen to lack, by the names that the core asks for."""
 

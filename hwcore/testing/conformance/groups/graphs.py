@@ -159,14 +159,14 @@ class Graphs:
                 made.append((number, graph, out))
         except RuntimeError as error:
             expected = f"{_MANY_GRAPHS} captures, or the quirk `capture_stream_limit`"
-            got = f"{error!r} in capture {len(made) + 1}"
-            kit.that(limited and bool(made), "capturing on many streams", got, expected, "Declare it")
+            said = f"{error!r} in capture {len(made) + 1}"
+            kit.that(limited and bool(made), "capturing", said, expected, "Declare the quirk")
         x.fill_(5.0)
         for number, graph, out in made:
             kit.hw.graph_replay(graph)
-            got, expected_value = kit.raw.read(out), torch.tensor([5.0 + number])
+            own = torch.tensor([5.0 + number])
             fix = "Keep the graphs apart"
-            kit.same(f"graph {number}", got, expected_value, "its own result", fix)
+            kit.same(f"graph {number}", kit.raw.read(out), own, "its own result", fix)
 
     # --- Replay ---
 

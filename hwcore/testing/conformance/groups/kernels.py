@@ -79,7 +79,7 @@ def _compare(kit: Kit, operation: Operation, function: Callable[..., Any], kind:
             if isinstance(value, torch.Tensor):
                 where = value.device.type
                 kit.same(f"{what}, device", where, kit.device.type, "the inputs'", fix)
-                value = kit.raw.read(value)  # noqa: PLW2901
+                value = kit.raw.read(value)
             if operation.tolerance and isinstance(want, torch.Tensor):
                 close = value.dtype == want.dtype and torch.allclose(
                     value, want, rtol=operation.tolerance, atol=operation.tolerance

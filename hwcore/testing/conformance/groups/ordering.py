@@ -103,6 +103,17 @@ class Ordering:
         over.read()
         over.check("Take None as the current stream")
 
+    @conforms("record_event")
+    def test_recording_an_event_again_moves_it(self, kit: Kit) -> None:
+        over = Handover(kit)
+        event = kit.hw.create_event(kit.device)
+        kit.hw.record_event(event, over.producer)
+        over.write()
+        kit.hw.record_event(event, over.producer)
+        event.wait(over.consumer)
+        over.read()
+        over.check("Record it anew at each call")
+
     @conforms("wait_stream")
     def test_a_stream_waits_for_a_stream(self, kit: Kit) -> None:
         over = Handover(kit)
