@@ -38,6 +38,8 @@ class Lane:
         Equal for all objects that stand for the stream.
     name : str
         For reports.
+    named : bool
+        The name was given; by default it is a number.
     device : torch.device
     epoch : int
         Stamp of the accesses made now.
@@ -47,11 +49,12 @@ class Lane:
         Epochs of other streams that come before whatever this one does next.
     """
 
-    __slots__ = ("clock", "device", "epoch", "host_knows", "key", "name", "object")
+    __slots__ = ("clock", "device", "epoch", "host_knows", "key", "name", "named", "object")
 
     def __init__(self, key: object, name: str, device: torch.device) -> None:
         self.key = key
         self.name = name
+        self.named = False
         self.device = device
         self.epoch = 1
         self.host_knows = 0
@@ -100,6 +103,7 @@ class Clocks:
         """Give a stream a name for reports, with its number where the name is taken."""
         taken = any(other.name == name for other in self.lanes.values() if other is not lane)
         lane.name = f"{name} ({lane.name})" if taken else name
+        lane.named = True
 
     # --- Edges ---
 

@@ -85,7 +85,7 @@ class Tracker:
         self._reuse_waits = backend.host_memory_policy().reuse_waits_for_copy
         self._sides: dict[torch.device, int] = {}
         self._plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
-        self._default_named = False
+        self._default_seen = False
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Race]]:
@@ -133,9 +133,10 @@ class Tracker:
         stream = self.backend.current_stream(device)
         with self.lock:
             lane = self.clocks.lane(stream)
-            if not self._default_named and lane.object is None:
-                self._default_named = True
-                self.clocks.name(lane, "current")
+            if not self._default_seen and lane.object is None:
+                self._default_seen = True
+                if not lane.named:
+                    self.clocks.name(lane, "current")
         return lane
 
     def find(self, tensor: torch.Tensor) -> History | None:
