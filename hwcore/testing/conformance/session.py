@@ -118,7 +118,16 @@ def run_tests(
     here = pathlib.Path(__file__).parent
     arguments = [
         *(str(here / "entry.py"), f"--rootdir={here}", "-c", os.devnull, "--noconftest"),
-        *("-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:logging"),
+        *(
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:terminal",
+            "-p",
+            "no:logging",
+            "-p",
+            "no:faulthandler",
+        ),
         *("--import-mode=importlib", "--capture=no", "-W", "ignore"),
         *(("-k", keyword) if keyword else ()),
         *(("-x",) if first_failure else ()),

@@ -748,7 +748,7 @@ class CaptureLeavesTheStreamAfterAnException(SimPlugin):
     def graph_capture(self, graph, fn, pool=None, stream=None):
         try:
             return graph.capture(fn, pool=pool, stream=stream)
-        except LookupError:
+        except Exception:
             stream.__enter__()
             raise
 
@@ -757,7 +757,7 @@ class CaptureLeavesTheStreamAfterAnException(SimPlugin):
 class CaptureSwallowsExceptions(SimPlugin):
     @implements
     def graph_capture(self, graph, fn, pool=None, stream=None):
-        with contextlib.suppress(LookupError):
+        with contextlib.suppress(Exception):
             return graph.capture(fn, pool=pool, stream=stream)
 
 
