@@ -1,0 +1,231 @@
+#include "shapes.h"
+
+#include <ATen/EmptyTensor.h>
+#include <c10/core/DefaultDtype.h>
+#include <c10/util/Exception.h>
+
+#include <mutex>
+#include <set>
+#include <unordered_map>
+
+#include "neutral.h"
+#include "operator_info.h"
+#include "tensors.h"
+
+namespace sim {
+namespace {
+
+// Operators whose metadata function and CPU kernel disagree about the shape of a result.
+const std::set<std::string> kDisagreeing = {
+    "aten::_batch_norm_impl_index",
+    "aten::_batch_norm_no_update",
+    "aten::_batch_norm_with_update",
+    "aten::_embedding_bag",
+    "aten::_embedding_bag_forward_only",
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_no_training",
+    "aten::native_batch_norm",
+};
+
+constexpr size_t kRemembered = 1 << 14;
+
+struct Memo {
+  std::mutex mutex;
+  std::unordered_map<std::string, std::shared_ptr<const Shapes>> entries;
+};
+
+Memo& memo() {
+  static Memo* const instance = new Memo;
+  return *instance;
+}
+
+template <class T>
+void put(std::string& key, const T& value) {
+  key.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+void put_list(std::string& key, c10::IntArrayRef values) {
+  put(key, values.size());
+  key.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t));
+}
+
+void put_tensor(std::string& key, const at::Tensor& tensor) {
+  auto* impl = tensor.unsafeGetTensorImpl();
+  key.push_back('T');
+  key.push_back(char((on_sim(tensor) ? 1 : 0) | (impl->is_wrapped_number() ? 2 : 0) |
+                     (tensor.is_conj() ? 4 : 0) | (tensor.is_neg() ? 8 : 0)));
+  key.push_back(char(tensor.scalar_type()));
+  put_list(key, impl->sizes());
+  put_list(key, impl->strides());
+}
+
+// Append what the result's shape may depend on; false if that cannot be told.
+bool put_value(std::string& key, const c10::IValue& value, bool value_only) {
+  if (value.isTensor()) {
+    if (!value.toTensor().defined()) {
+      key.push_back('u');
+    } else {
+      put_tensor(key, value.toTensor());
+    }
+  } else if (value.isNone()) {
+    key.push_back('n');
+  } else if (value.isInt()) {
+    key.push_back('i');
+    if (!value_only) put(key, value.toInt());
+  } else if (value.isBool()) {
+    key.push_back(value.toBool() ? 't' : 'f');
+  } else if (value.isDouble()) {
+    key.push_back('d');
+    if (!value_only) put(key, value.toDouble());
+  } else if (value.isComplexDouble()) {
+    key.push_back('c');
+    if (!value_only) put(key, value.toComplexDouble());
+  } else if (value.isIntList()) {
+    key.push_back('I');
+    put(key, value.toListRef().size());
+    for (const auto& it : value.toListRef()) put(key, it.toInt());
+  } else if (value.isString()) {
+    key.push_back('s');
+    put(key, value.toStringRef().size());
+    key += value.toStringRef();
+  } else if (value.isDevice()) {
+    key.push_back('v');
+  } else if (value.isGenerator()) {
+    key.push_back('g');
+  } else if (value.isList()) {
+    key.push_back('[');
+    const auto items = value.toListRef();
+    put(key, items.size());
+    for (const auto& it : items) {
+      if (!put_value(key, it, value_only)) return false;
+    }
+  } else {
+    return false;
+  }
+  return true;
+}
+
+at::Tensor to_meta(const at::Tensor& tensor) {
+  // Python's numbers stay as they are: metadata functions in Python cannot take them on `meta`.
+  if (tensor.is_cpu() && tensor.unsafeGetTensorImpl()->is_wrapped_number()) return tensor;
+  auto meta = at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type());
+  auto* impl = meta.unsafeGetTensorImpl();
+  if (tensor.is_conj()) impl->_set_conj(true);
+  if (tensor.is_neg()) impl->_set_neg(true);
+  return meta;
+}
+
+// Warnings come once: when the operator runs.
+struct Silent {
+  struct Handler : c10::WarningHandler {
+    void process(const c10::Warning&) override {}
+  };
+  Handler handler;
+  c10::WarningUtils::WarningHandlerGuard guard{&handler};
+};
+
+std::vector<at::Tensor> tensors_in(const c10::IValue& value) {
+  std::vector<at::Tensor> found;
+  for_each_tensor(value, [&](const at::Tensor& t) { found.push_back(t); });
+  return found;
+}
+
+Shapes infer(const c10::OperatorHandle& op, const OperatorInfo& info, const Stack& arguments) {
+  Shapes shapes;
+  Neutral neutral;
+  Silent silent;
+  Stack stack;
+  for (const auto& value : arguments) {
+    if (value.isDevice()) {
+      stack.emplace_back(c10::Device(c10::DeviceType::Meta));
+    } else if (value.isGenerator()) {
+      stack.emplace_back();
+    } else {
+      stack.push_back(map_tensors(value, to_meta));
+    }
+  }
+  const Stack inputs = stack;
+  try {
+    op.callBoxed(&stack);
+  } catch (const std::exception&) {
+    // No metadata function, or one that needs values, or bad arguments: for the last the CPU's
+    // kernel has the better words.
+    shapes.why = "has no metadata function for these arguments";
+    return shapes;
+  }
+  shapes.returns = std::move(stack);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!info.arguments[i].written) continue;
+    const auto before = tensors_in(arguments[i]);
+    const auto after = tensors_in(inputs[i]);
+    for (size_t k = 0; k < before.size(); ++k) {
+      if (before[k].sizes() == after[k].sizes() &&
+          (after[k].numel() == 0 || before[k].strides() == after[k].strides())) {
+        continue;
+      }
+      shapes.reshaped.push_back({i, k, after[k].sizes().vec(), after[k].strides().vec()});
+    }
+  }
+  shapes.known = true;
+  return shapes;
+}
+
+Shapes unknown(const char* why) {
+  Shapes shapes;
+  shapes.why = why;
+  return shapes;
+}
+
+bool has_mask(const OperatorInfo& info, const Stack& arguments) {
+  bool found = false;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!info.arguments[i].is_index) continue;
+    for_each_tensor(arguments[i], [&](const at::Tensor& t) {
+      found |= t.scalar_type() == at::kBool || t.scalar_type() == at::kByte;
+    });
+  }
+  return found;
+}
+
+}  // namespace
+
+std::shared_ptr<const Shapes> shapes_of(const c10::OperatorHandle& op, const Stack& arguments) {
+  const OperatorInfo& info = info_of(op);
+  if (info.reads_host) {
+    static const auto value = std::make_shared<const Shapes>(unknown("reads a value on the host"));
+    return value;
+  }
+  if (info.dynamic || has_mask(info, arguments)) {
+    static const auto value =
+        std::make_shared<const Shapes>(unknown("makes a shape that depends on values"));
+    return value;
+  }
+  if (kDisagreeing.count(info.name)) {
+    static const auto value =
+        std::make_shared<const Shapes>(unknown("makes a shape that only running it tells"));
+    return value;
+  }
+  thread_local std::string key;
+  key.clear();
+  put(key, &op.schema());
+  put(key, op.schema().arguments().data());
+  key.push_back(char(c10::get_default_dtype_as_scalartype()));
+  bool told = true;
+  for (size_t i = 0; i < arguments.size() && told; ++i) {
+    told = put_value(key, arguments[i], info.arguments[i].value_only);
+  }
+  if (!told) return std::make_shared<const Shapes>(infer(op, info, arguments));
+  {
+    std::lock_guard<std::mutex> lock(memo().mutex);
+    auto found = memo().entries.find(key);
+    if (found != memo().entries.end()) return found->second;
+  }
+  const std::string mine = key;  // inference may come here again
+  auto shapes = std::make_shared<const Shapes>(infer(op, info, arguments));
+  std::lock_guard<std::mutex> lock(memo().mutex);
+  if (memo().entries.size() >= kRemembered) memo().entries.clear();
+  memo().entries[mine] = shapes;
+  return shapes;
+}
+
+}  // namespace sim
