@@ -90,13 +90,12 @@ class History:
         for old in self.records:
             if old.epoch <= old.lane.host_knows:
                 continue
-            if not lane.knows(old.lane, old.epoch):
-                if (write or old.write) and overlap(old.region, region):
-                    races.append(old)
-                    continue
-            elif (write or not old.write) and covers(region, old.region):
-                continue
-            kept.append(old)
+            ordered = lane.knows(old.lane, old.epoch)
+            if not ordered and (write or old.write) and overlap(old.region, region):
+                races.append(old)
+                ordered = write  # it has been reported, and what follows meets the new one
+            if not (ordered and (write or not old.write) and covers(region, old.region)):
+                kept.append(old)
         kept.append(new)
         if len(kept) > MANY_RECORDS:
             del kept[: MANY_RECORDS // 4]

@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from hwcore.testing.sanitizer.clocks import Lane, Snapshot
-    from hwcore.testing.sanitizer.history import History
-    from hwcore.testing.sanitizer.ranges import Region
-    from hwcore.testing.sanitizer.tracker import Tracker
+    from hwcore.testing.sanitizer.tracker import Captured, Tracker
 
     Wrapper = Generator[None, Any, Any]
-    Captured = dict[tuple[History, Region, bool], Record]
 
 __all__ = ["Hooks"]
 
@@ -169,16 +166,20 @@ class Hooks:
 
     @hwcore.hookimpl(wrapper=True)
     def graph_replay(self, graph: Any) -> Wrapper:
-        # Before the replay, for an implementation of torch calls would else be the one reported.
         captured = self._graphs.get(graph)
-        if captured:
-            lane, stack = self._lane(None), stacks.capture()
-            with self._tracker.changing() as found:
-                for (history, region, write), first in captured.items():
-                    if history.alive:
-                        record = Record(lane, region, write, first.op, stack, first.stack)
-                        self._tracker.enter(found, history, record)
-        return (yield)
+        if not captured:
+            return (yield)
+        lane, stack = self._lane(None), stacks.capture()
+        with self._tracker.changing() as found:
+            for (history, region, write), first in captured.items():
+                if history.alive:
+                    record = Record(lane, region, write, first.op, stack, first.stack)
+                    self._tracker.enter(found, history, record)
+        self._tracker.thread.replay = captured
+        try:
+            return (yield)
+        finally:
+            self._tracker.thread.replay = None
 
     # --- Shared ---
 

@@ -38,7 +38,9 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves i
     ) -> Any:
         kwargs = kwargs or {}
         if types:
-            return NotImplemented  # a tensor subclass: the plain calls it makes come here again
+            # A subclass makes plain calls, which come here again; but where torch traces, its own
+            # mode must get the call, and nothing has memory.
+            return func(*args, **kwargs) if _is_tracing() else NotImplemented
         op = op_of(func)
         if op.kind == "inert" or not self._tracker.active:
             return func(*args, **kwargs)
@@ -51,6 +53,12 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves i
         result = func(*args, **kwargs)
         enter_call(self._tracker, func, op, args, kwargs, result)
         return result
+
+
+def _is_tracing() -> bool:
+    keys = torch._C._TorchDispatchModeKey
+    modes = (keys.FAKE, keys.FUNCTIONAL, keys.PROXY)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in modes)
 
 
 class Patches:

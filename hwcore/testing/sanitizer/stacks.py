@@ -17,7 +17,7 @@ import hwcore
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-__all__ = ["Stack", "assigned_name", "capture", "lines"]
+__all__ = ["Stack", "assigned_name", "capture", "lines", "site"]
 
 Stack = tuple[tuple["CodeType", int], ...]
 """Code and the offset of the instruction that ran, innermost first."""
@@ -29,7 +29,8 @@ _CORE = os.path.dirname(hwcore.__file__)
 _FOLDERS = [os.path.dirname(file) for file in (torch.__file__, pluggy.__file__, __file__)]
 _HIDDEN = (
     *(os.path.join(folder, "") for folder in _FOLDERS),
-    *(os.path.join(_CORE, file) for file in ("backend.py", "binding.py")),
+    *(os.path.join(_CORE, file) for file in ("backend.py", "binding.py", "defaults.py")),
+    *(os.path.join(_CORE, "graphs", file) for file in ("host_reads.py", "recorder.py", "tape.py")),
     "<frozen",
 )
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
@@ -57,6 +58,14 @@ def capture() -> Stack:
     return tuple(found)
 
 
+def site(stack: Stack) -> tuple[str, int]:
+    """Return the file and line of the innermost frame."""
+    if not stack:
+        return "", 0
+    code, offset = stack[0]
+    return code.co_filename, _line_number(code, offset)
+
+
 def lines(stack: Stack) -> tuple[str, ...]:
     """Return the frames as ``file:line in function``, innermost first."""
     return tuple(_line(code, offset) for code, offset in stack)
@@ -64,11 +73,7 @@ def lines(stack: Stack) -> tuple[str, ...]:
 
 def assigned_name(stack: Stack) -> str | None:
     """Return what the line of a call to create_stream assigns to: ``plan = hw.create_stream()``."""
-    if not stack:
-        return None
-    code, offset = stack[0]
-    text = linecache.getline(code.co_filename, _line_number(code, offset))
-    found = _ASSIGNMENT.search(text)
+    found = _ASSIGNMENT.search(linecache.getline(*site(stack)))
     return found.group(1) if found else None
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hwcore.testing.sanitizer.reports import Kind
     from hwcore.testing.sanitizer.stacks import Stack
 
-__all__ = ["DEVICE", "HOST", "NOWHERE", "Call", "OnRace", "Tracker"]
+__all__ = ["DEVICE", "HOST", "NOWHERE", "Call", "Captured", "OnRace", "Tracker"]
 
 OnRace = Literal["raise", "warn", "collect"]
 
@@ -47,6 +47,9 @@ class Call(NamedTuple):
     indexed: bool = False
 
 
+Captured = dict[tuple[History, "Region", bool], Record]
+"""What a graph touches: storage, bytes and whether they are written, to the first such access."""
+
 UNSEEN = Call("", ())
 """What made a tensor that was there before the sanitizer looked."""
 
@@ -54,7 +57,8 @@ UNSEEN = Call("", ())
 class _Thread(threading.local):
     """What a thread is in the middle of."""
 
-    capture: dict[tuple[History, Region, bool], Record] | None = None
+    capture: Captured | None = None
+    replay: Captured | None = None
     rows: tuple[tuple[History, Region], ...] = ()
 
 
@@ -174,11 +178,13 @@ class Tracker:
 
     def enter(self, found: list[Race], history: History, record: Record) -> None:
         """Enter an access by a stream; one that is captured and not executed is only noted."""
-        capture = self.thread.capture
+        capture, replay = self.thread.capture, self.thread.replay
         if capture is not None:
-            capture[history, record.region, record.write] = record
+            capture.setdefault((history, record.region, record.write), record)
             if not self.capture_executes:
                 return
+        if replay is not None and (history, record.region, record.write) in replay:
+            return  # a graph of torch calls, entered as a whole before it ran
         if not record.region:
             return
         for old in history.add(record):
@@ -268,8 +274,7 @@ class Tracker:
         second: tuple[str, bool, Stack, Stack],
         first: Record,
     ) -> None:
-        race = report(kind, history, lane, second, first)
-        sites = (kind, race.current.site, race.previous.site)
-        if sites not in self._seen:
-            self._seen.add(sites)
-            found.append(race)
+        pair = (kind, stacks.site(second[2]), stacks.site(first.stack))
+        if pair not in self._seen:
+            self._seen.add(pair)
+            found.append(report(kind, history, lane, second, first))
