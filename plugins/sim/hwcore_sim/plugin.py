@@ -76,7 +76,9 @@ class SimPlugin:
     @hwcore.hookimpl
     def host_memory_policy(self) -> HostMemoryPolicy:
         return HostMemoryPolicy(
-            can_pin=True, reuse_waits_for_copy=True, copies_ordered_with_kernels=True
+            can_pin=True,
+            reuse_waits_for_copy=self._device.get_pinned_reuse() == "safe",
+            copies_ordered_with_kernels=True,
         )
 
     @hwcore.hookimpl

@@ -14,6 +14,7 @@ drain policy, default ``lazy``), ``HWCORE_SIM_CAPTURE_STREAMS`` (default 2048) a
 from hwcore_sim.device.control import (
     drain_policy,
     get_drain_policy,
+    get_pinned_reuse,
     launch_host_function,
     memory_stats,
     peek,
@@ -46,6 +47,7 @@ __all__ = [
     "deny",
     "drain_policy",
     "get_drain_policy",
+    "get_pinned_reuse",
     "graph_pool",
     "is_capturing",
     "is_denied",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "drain_policy",
     "get_drain_policy",
+    "get_pinned_reuse",
     "launch_host_function",
     "memory_stats",
     "peek",
@@ -183,10 +184,15 @@ def set_pinned_reuse(policy: str) -> None:
     native().set_pinned_reuse(policy == "early")
 
 
+def get_pinned_reuse() -> str:
+    """Return when pinned blocks are reused: ``"safe"`` or ``"early"``."""
+    return "early" if native().pinned_reuse_is_early() else "safe"
+
+
 @contextlib.contextmanager
 def pinned_reuse(policy: str) -> Iterator[None]:
     """Set when pinned blocks are reused for a while; as :func:`set_pinned_reuse`."""
-    before = "early" if native().pinned_reuse_is_early() else "safe"
+    before = get_pinned_reuse()
     set_pinned_reuse(policy)
     try:
         yield
