@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import itertools
 import linecache
 import os
 import re
@@ -35,7 +37,6 @@ _HIDDEN = (
 )
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _TEST_RUNNER = re.compile(r"[/\\]_?pytest[/\\]")
-_ASSIGNMENT = re.compile(r"(\w+)\s*(?::[^=]+)?=[^=].*create_stream")
 
 _hidden: dict[str, bool] = {}
 
@@ -72,9 +73,27 @@ def lines(stack: Stack) -> tuple[str, ...]:
 
 
 def assigned_name(stack: Stack) -> str | None:
-    """Return what the line of a call to create_stream assigns to: ``plan = hw.create_stream()``."""
-    found = _ASSIGNMENT.search(linecache.getline(*site(stack)))
-    return found.group(1) if found else None
+    """Return the name that the line of a call assigns its result to: ``plan = create_stream()``."""
+    if not stack:
+        return None
+    code, offset = stack[0]
+    line, _, column, _ = next(itertools.islice(code.co_positions(), offset // 2, None))
+    text = linecache.getline(code.co_filename, line or 0)
+    try:
+        (statement,) = ast.parse(text.strip()).body
+    except (SyntaxError, ValueError):  # one line of several
+        return None
+    if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or statement.value is None:
+        return None
+    target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+    pairs: list[tuple[ast.expr, ast.expr]] = [(target, statement.value)]
+    if isinstance(target, ast.Tuple) and isinstance(statement.value, ast.Tuple):
+        pairs = list(zip(target.elts, statement.value.elts, strict=False))
+    called = (column or 0) - (len(text) - len(text.lstrip()))
+    for name, value in pairs:
+        if value.col_offset <= called < (value.end_col_offset or 0):
+            return getattr(name, "id", None) or getattr(name, "attr", None)
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
