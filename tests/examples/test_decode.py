@@ -43,7 +43,8 @@ def test_plain_decoding_is_the_networks_own(tiny):
     text = list(prompt)
     with torch.inference_mode():
         for _ in range(12):
-            text.append(int(tiny._network(torch.tensor([text])).logits[0, -1].argmax()))
+            tokens = torch.tensor([text], device=tiny.device)
+            text.append(int(tiny._network(tokens).logits[0, -1].argmax()))
     assert answer.tokens == text[len(prompt) :]
     assert answer.sizes == [1] * 11
     assert answer.accept_length == 1
@@ -93,7 +94,7 @@ def test_measured_costs_and_the_cache_they_leave(tiny):
     assert next(ticks) == 3
 
 
-def test_comparison_and_report(tiny, tmp_path):
+def test_comparison_and_report(hw, tiny, tmp_path):
     costs = {1: 1.0, 4: 0.5}
     named = dict(zip(("first", "second"), prompts(2), strict=True))
     ticks = itertools.count()
@@ -104,7 +105,7 @@ def test_comparison_and_report(tiny, tmp_path):
     text = write(tmp_path, outcomes, costs, end_of_text=VOCAB).read_text(encoding="utf-8")
     assert "identical to plain decoding: on all prompts" in text
     assert "| first | 12 | 20 |" in text
-    assert "backend `cpu`" in text
+    assert f"backend `{hw.info.name}`" in text
     assert (tmp_path / "speculation.png").read_bytes().startswith(b"\x89PNG")
 
     outcomes[1].speculative[1].tokens[7] += 1

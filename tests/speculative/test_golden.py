@@ -13,8 +13,19 @@ def build(meta, case, mode):
     parents = parents_of_selection(case["parent_list"], case["selected_index"], meta["topk"])
     root = case["draft_tokens"].new_zeros(meta["bs"], 1)
     tokens = torch.cat([root, case["draft_tokens"]], dim=1)
-    steps = meta["steps"]
-    return build_tree(tokens, parents, case["seq_lens"], spec_steps=steps, tree_mask_mode=mode)
+    return tree_of(meta, case, tokens, parents, mode)
+
+
+def tree_of(meta, case, tokens, parents, mode=TreeMaskMode.FULL):
+    seq_lens = case["seq_lens"]
+    return build_tree(
+        tokens,
+        parents,
+        seq_lens,
+        spec_steps=meta["steps"],
+        tree_mask_mode=mode,
+        seq_lens_sum=int(seq_lens.sum()),
+    )
 
 
 @pytest.mark.parametrize("name", names("tree"))
@@ -54,8 +65,7 @@ def test_verify_and_commit_are_the_kernels(name, device):
     meta, case = load(name, device)
     bs, n, seq_lens = meta["bs"], meta["N"], case["seq_lens"]
     parents = parents_of_links(case["retrieve_next_token"], case["retrieve_next_sibling"])
-    steps = meta["steps"]
-    tree = build_tree(case["candidates"], parents, seq_lens, spec_steps=steps)
+    tree = tree_of(meta, case, case["candidates"], parents)
     for field in LINKS:
         assert torch.equal(getattr(tree, field), case[field]), field
 
