@@ -77,8 +77,7 @@ def test_renamed_it_is_the_device_of_that_name():
 def test_a_name_that_torch_has_already_is_refused(name):
     error = python("import hwcore; hwcore.use('sim')", HWCORE_SIM_NAME=name)
     assert error.startswith("hwcore.errors.SetupError: ")
-    assert "HWCORE_SIM_NAME" in error
-    assert repr(name) in error
+    assert f"HWCORE_SIM_NAME got \\'{name}\\'" in error
 
 
 def test_a_name_that_is_none_is_refused():
