@@ -14,6 +14,10 @@
 
 #include "streams.h"
 
+namespace at {
+struct HostAllocator;
+}
+
 namespace sim {
 
 // Memory that belongs to graphs: allocated while capturing, and for nobody else until the last
@@ -26,7 +30,7 @@ struct Pool {
 };
 
 c10::DeviceAllocator* device_allocator();
-c10::Allocator* pinned_allocator();
+at::HostAllocator* pinned_allocator();
 
 // Called by a graph: one more, or one fewer, uses the pool.
 void open_pool(const std::shared_ptr<Pool>& pool);

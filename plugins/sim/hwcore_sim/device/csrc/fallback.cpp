@@ -9,6 +9,7 @@
 #include <mutex>
 #include <set>
 
+#include "allocator.h"
 #include "generator.h"
 #include "graph.h"
 #include "neutral.h"
@@ -71,7 +72,9 @@ void check_denied(const std::string& name, const std::string& overload) {
 
 void keep_for_graph(Queue* queue, const Tensor& tensor) {
   Graph* graph = queue->capture;
-  if (graph && on_sim(tensor)) graph->keep(tensor.storage());
+  if (graph && (on_sim(tensor) || is_pinned(tensor.storage().data()))) {
+    graph->keep(tensor.storage());
+  }
 }
 
 namespace {
@@ -128,12 +131,16 @@ Stack cpu_arguments(const Stack& arguments, F&& map) {
   return mapped;
 }
 
-// A wrapped CPU result as a tensor of the device.
-Tensor to_device(const Tensor& result, DeviceIndex device, const OperatorInfo& info) {
+void check_plain(const Tensor& result, const OperatorInfo& info) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       result.layout() == c10::kStrided && !result.is_quantized(), info.name, " on ", device_name(),
       ": the result is ", result.is_quantized() ? "quantized" : "of a sparse or other layout",
       "; expected a plain strided tensor. Move the arguments to the CPU first.");
+}
+
+// A CPU result as a tensor of the device.
+Tensor to_device(const Tensor& result, DeviceIndex device, const OperatorInfo& info) {
+  check_plain(result, info);
   const Tensor made =
       result.is_non_overlapping_and_dense()
           ? make_tensor(result.sizes(), result.strides(), result.scalar_type(), device)
@@ -314,6 +321,7 @@ bool run_later(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex d
     for_each_tensor(value, [&](const Tensor& t) { keep_for_graph(queue, t); });
   }
   push_returns(info, arguments, shapes.returns, stack, [&](const Tensor& meta) {
+    check_plain(meta, info);
     auto made = make_tensor(meta.sizes(), meta.strides(), meta.scalar_type(), device);
     call->results.push_back(alias_on_cpu(made));
     return made;

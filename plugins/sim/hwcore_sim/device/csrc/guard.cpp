@@ -24,6 +24,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void uncheckedSetDevice(Device device) const noexcept override {
     if (device.index() >= 0 && device.index() < device_count()) set_current_device(device.index());
   }
+  c10::DeviceCapability getDeviceCapability(Device) const override { return {}; }
   DeviceIndex deviceCount() const noexcept override { return device_count(); }
 
   Stream getStream(Device device) const override {

@@ -1,3 +1,4 @@
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/Storage.h>
 #include <c10/util/Exception.h>
@@ -23,15 +24,15 @@ uint64_t Generator::current_seed() const { return engine.current_seed(); }
 
 uint64_t Generator::seed() { return engine.seed(); }
 
-void Generator::set_offset(uint64_t) {
-  fail(ErrorKind::Capability, "Generator.set_offset: the simulated device's generator has no "
-                              "offset; expected a seed or a state. Call manual_seed or set_state.");
+// The engine has a state rather than an offset, but pickling asks for one.
+void Generator::set_offset(uint64_t offset) {
+  if (offset == 0) return;
+  fail(ErrorKind::Capability,
+       c10::str("Generator.set_offset: offset got ", offset,
+                "; expected 0, for this generator has a state instead. Call set_state."));
 }
 
-uint64_t Generator::get_offset() const {
-  fail(ErrorKind::Capability, "Generator.get_offset: the simulated device's generator has no "
-                              "offset; expected a seed or a state. Call get_state.");
-}
+uint64_t Generator::get_offset() const { return 0; }
 
 void Generator::set_state(const c10::TensorImpl& state) {
   engine.unsafeGetGeneratorImpl()->set_state(state);
@@ -126,6 +127,7 @@ void register_hooks() {
   static auto* const hooks = new Hooks;
   at::RegisterPrivateUse1HooksInterface(hooks);
   c10::SetAllocator(kSim, device_allocator());
+  at::setHostAllocator(kSim, pinned_allocator());
 }
 
 }  // namespace sim

@@ -1,7 +1,9 @@
 // Page-locked host memory: ordinary memory that torch is told is pinned, so that copies from and
 // to it are left in the queue and touch it only when they run.
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -25,7 +27,7 @@ struct PinnedBlock {
 struct Pinned {
   std::mutex mutex;
   PinnedReuse reuse = PinnedReuse::Safe;
-  // Blocks are never given back to the system: a copy that was queued must find its memory.
+  // Given back to the system on request alone, and not while a queued copy needs the memory.
   std::map<const char*, PinnedBlock*> blocks;
   std::map<size_t, std::vector<PinnedBlock*>> free;
 };
@@ -55,7 +57,7 @@ void free_pinned(void* context) {
 
 void free_nothing(void*) {}
 
-struct PinnedAllocator final : c10::Allocator {
+struct PinnedAllocator final : at::HostAllocator {
   c10::DataPtr allocate(size_t bytes) override {
     use_device("pin_memory");
     const c10::Device host(c10::DeviceType::CPU);
@@ -83,6 +85,32 @@ struct PinnedAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override {
     memcpy(to, from, bytes);
   }
+
+  bool record_event(void* data, void*, c10::Stream stream) override {
+    use_pinned(data, find_queue(stream.device_index(), stream.id()));
+    return true;
+  }
+
+  void empty_cache() override {
+    Lock lock(pinned().mutex);
+    for (auto& [bytes, candidates] : pinned().free) {
+      std::vector<PinnedBlock*> kept;
+      for (PinnedBlock* block : candidates) {
+        if (in_use(*block)) {
+          kept.push_back(block);
+          continue;
+        }
+        pinned().blocks.erase(static_cast<char*>(block->data));
+        free(block->data);
+        delete block;
+      }
+      candidates = std::move(kept);
+    }
+  }
+
+  at::HostStats get_stats() override { return {}; }
+  void reset_accumulated_stats() override {}
+  void reset_peak_stats() override {}
 };
 
 // With the lock held.
@@ -96,7 +124,7 @@ PinnedBlock* find(const void* data) {
 
 }  // namespace
 
-c10::Allocator* pinned_allocator() {
+at::HostAllocator* pinned_allocator() {
   static auto* const instance = new PinnedAllocator;
   return instance;
 }

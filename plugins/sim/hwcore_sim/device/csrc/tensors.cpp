@@ -37,7 +37,26 @@ Tensor make_tensor(IntArrayRef sizes, IntArrayRef strides, c10::ScalarType dtype
   }
 }
 
+namespace {
+
+// A storage can have been shrunk under its tensors (storage.resize_(0)): that must not crash.
+void check_in_bounds(const Tensor& tensor) {
+  int64_t last = tensor.storage_offset();
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  const size_t bytes = (last + 1) * tensor.itemsize();
+  TORCH_CHECK(bytes <= tensor.storage().nbytes(), device_name(), ": storage got ",
+              tensor.storage().nbytes(), " bytes; expected at least ", bytes,
+              ", which its tensor needs. Enlarge it again before the tensor is used.");
+}
+
+}  // namespace
+
 Tensor alias_on_cpu(const Tensor& tensor) {
+  check_in_bounds(tensor);
   const auto& storage = tensor.storage();
   c10::Storage bytes(c10::Storage::use_byte_size_t{}, storage.nbytes(),
                      c10::DataPtr(storage.mutable_data(), c10::Device(c10::DeviceType::CPU)),
@@ -54,6 +73,10 @@ Tensor alias_on_cpu(const Tensor& tensor) {
 
 void copy_result(const Tensor& to, const Tensor& from) {
   if (from.numel() == 0 && to.numel() == 0) return;
+  if (from._is_zerotensor()) {
+    to.zero_();
+    return;
+  }
   if (to.sizes() == from.sizes() && to.strides() == from.strides() && to.dtype() == from.dtype() &&
       from.is_non_overlapping_and_dense() && !from.is_conj() && !from.is_neg()) {
     memcpy(to.mutable_data_ptr(), from.const_data_ptr(), from.numel() * from.itemsize());
@@ -118,17 +141,14 @@ std::shared_ptr<CopyWork> copy_work(Tensor to, Tensor from) {
   return work;
 }
 
-// A CPU tensor that does not own its memory: work on a pinned block must not keep it from being
-// freed and handed out again, or its early reuse could not be seen.
-Tensor unowned(const Tensor& host) {
-  return alias_on_cpu(host);
-}
-
 void host_to_device(const Tensor& from, const Tensor& to, bool non_blocking) {
   Queue* queue = current_queue(to.device().index());
   if (non_blocking && is_pinned(from.storage().data())) {
-    submit(queue, copy_work(alias_on_cpu(to), unowned(from)));
+    // Aliases of the host's memory too: work on a pinned block must not keep it from being freed
+    // and handed out again, or its early reuse could not be seen.
+    submit(queue, copy_work(alias_on_cpu(to), alias_on_cpu(from)));
     use_pinned(from.storage().data(), queue);
+    keep_for_graph(queue, from);
     keep_for_graph(queue, to);
     return;
   }
@@ -140,9 +160,10 @@ void host_to_device(const Tensor& from, const Tensor& to, bool non_blocking) {
 void device_to_host(const Tensor& from, const Tensor& to, bool non_blocking) {
   Queue* queue = current_queue(from.device().index());
   if (non_blocking && is_pinned(to.storage().data())) {
-    submit(queue, copy_work(unowned(to), alias_on_cpu(from)));
+    submit(queue, copy_work(alias_on_cpu(to), alias_on_cpu(from)));
     use_pinned(to.storage().data(), queue);
     keep_for_graph(queue, from);
+    keep_for_graph(queue, to);
     return;
   }
   refuse_while_capturing(queue, "copied to the host, which waits for the device");
@@ -246,6 +267,13 @@ std::tuple<Tensor, Tensor> native_dropout(const Tensor& input, double p,
   return {input.mul(mask).mul_(scale), mask};
 }
 
+// Zeros with memory: those without are torch's private business with its own devices.
+Tensor efficientzerotensor(IntArrayRef sizes, std::optional<c10::ScalarType> dtype,
+                           std::optional<c10::Layout> layout, std::optional<c10::Device> device,
+                           std::optional<bool> pinned) {
+  return empty(sizes, dtype, layout, device, pinned, std::nullopt).zero_();
+}
+
 }  // namespace
 
 void set_shape(const Tensor& tensor, IntArrayRef sizes, IntArrayRef strides) {
@@ -282,6 +310,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("set_", &set_nothing);
   m.impl("record_stream", &record_stream);
+  m.impl("_efficientzerotensor", &efficientzerotensor);
   m.impl("native_dropout", &native_dropout);
 }
 
