@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -10,10 +11,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_short_demo(tmp_path):
+def test_the_short_demo(hw, tmp_path):
     """One real prompt both ways, as a user runs it: exit status 0 says the tokens are the same."""
     command = [sys.executable, "-m", "examples.serving", "--short", "--out", str(tmp_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "HWCORE_BACKEND": hw.info.name}
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == "", "the terminal shows the demo's own words only"
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
