@@ -71,7 +71,7 @@ wheel: $(STAMP)
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; here=$$(pwd); \
 		$(PYTHON) -m venv "$$fresh/venv"; \
 		"$$fresh/venv/bin/pip" install --quiet --disable-pip-version-check \
-			--constraint constraints.txt dist/*.whl; \
+			--constraint constraints.txt "$$(echo dist/hwcore-*.whl)[conformance]" dist/hwcore_*.whl; \
 		cd "$$fresh"; \
 		venv/bin/python -c 'import hwcore; assert "site-packages" in hwcore.__file__; \
 			print(hwcore.__version__, hwcore.current_backend())'; \
