@@ -11,7 +11,7 @@ from hwcore.testing.conformance.session import KIT
 class TestConformance(ConformanceSuite):
     """Every group, on the backend that the session opened."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def kit(self, request: pytest.FixtureRequest) -> object:
         """Return the session's kit."""
         return request.config.stash[KIT]

@@ -124,6 +124,11 @@ class Kit:
         """Device 0, where tests put their tensors."""
         return self.hw.device(0)
 
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The devices to try: the first, and where several are listed a second."""
+        return (0, 1) if self.lists("multi_device") else (0,)
+
     # --- What a backend says of itself ---
 
     def lists(self, feature: str) -> bool:

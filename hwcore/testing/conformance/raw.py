@@ -54,6 +54,12 @@ class RawAccess:
             for index in range(torch.accelerator.device_count()):
                 torch.accelerator.synchronize(index)
 
+    def release_cached(self) -> None:
+        """Give memory back to the device that an allocator keeps for later tensors."""
+        if torch.accelerator.is_available():
+            self.settle()
+            torch.accelerator.empty_cache()
+
     def read(self, tensor: torch.Tensor, stream: Stream | None = None) -> torch.Tensor:
         """Return a copy of ``tensor`` on the CPU.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import platform
 from typing import TYPE_CHECKING, Literal
 
@@ -128,6 +129,7 @@ def build(
     """Return the report of a run that took place; it conforms if no test failed."""
     failed = [result for result in results if result.outcome == "failed"]
     skipped = [result for result in results if result.outcome == "skipped"]
+    at_fault = collections.Counter(result.hook for result in failed)  # the most frequent first
     features = dict.fromkeys(result.feature or "other" for result in skipped)
     names = dict.fromkeys([*groups, *(result.group for result in results)])
     return Report(
@@ -143,7 +145,7 @@ def build(
                 tests=[r.id for r in failed if r.hook == hook],
                 messages=[r.message for r in failed if r.hook == hook],
             )
-            for hook in dict.fromkeys(r.hook for r in failed)
+            for hook, _ in at_fault.most_common()
         ],
         features_skipped=[
             Feature(name=name, tests=[r.id for r in skipped if (r.feature or "other") == name])

@@ -87,7 +87,7 @@ def run(
         about,
         results,
         [group.__module__.rpartition(".")[2] for group in GROUPS],
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         duration_s=time.perf_counter() - began,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,8 +23,6 @@ from hwcore.testing.conformance.groups.streams import Streams
 from hwcore.testing.conformance.subject import open_kit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from hwcore.backend import Backend
     from hwcore.testing.conformance.kit import Kit
     from hwcore.testing.conformance.raw import RawAccess
@@ -65,11 +64,32 @@ class ConformanceSuite(*GROUPS):  # type: ignore[misc] # mypy reads no computed 
     raw: ClassVar[RawAccess | None] = None
     timeout_s: ClassVar[float] = 30.0
 
-    @pytest.fixture(scope="class")
-    def kit(self) -> Iterator[Kit]:
+    _resources: ClassVar[contextlib.ExitStack]
+    _opened: ClassVar[Kit | None]
+    _refused: ClassVar[bool]
+
+    @classmethod
+    def setup_class(cls) -> None:
+        """Forget what another class opened."""
+        cls._resources, cls._opened, cls._refused = contextlib.ExitStack(), None, False
+
+    @classmethod
+    def teardown_class(cls) -> None:
+        """Close the kit."""
+        cls._resources.close()
+
+    @pytest.fixture
+    def kit(self) -> Kit:
         """Open the backend under test, once for the class."""
-        with open_kit(self.backend, self.raw, self.timeout_s) as kit:
-            yield kit
+        cls = type(self)
+        if cls._refused:  # said once is enough
+            pytest.skip("the backend could not be opened; the first test of the class says why")
+        if cls._opened is None:
+            cls._refused = True
+            opening = open_kit(cls.backend, cls.raw, cls.timeout_s)
+            cls._opened = cls._resources.enter_context(opening)
+            cls._refused = False
+        return cls._opened
 
 
 def group_of(function: object) -> str:

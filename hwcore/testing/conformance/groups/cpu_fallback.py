@@ -13,13 +13,18 @@ if TYPE_CHECKING:
 
     from hwcore.testing.conformance.kit import Kit
 
+
+def _order(x: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([[1, 0, 3, 2], [2, 3, 0, 1]], device=x.device)
+
+
 OPERATORS: dict[str, Callable[[torch.Tensor], object]] = {
     "argmax": lambda x: x.argmax(-1),
     "cumsum": lambda x: x.cumsum(-1),
-    "gather": lambda x: x.gather(-1, x.argsort(-1)),
+    "gather": lambda x: x.gather(-1, _order(x)),
     "index_select": lambda x: x.index_select(0, torch.tensor([1, 0], device=x.device)),
     "nonzero": lambda x: x.nonzero(),
-    "scatter": lambda x: torch.zeros_like(x).scatter(-1, x.argsort(-1), x),
+    "scatter": lambda x: torch.zeros_like(x).scatter(-1, _order(x), x),
     "softmax": lambda x: x.softmax(-1),
     "sort": lambda x: x.sort(-1).values,
     "topk": lambda x: x.topk(2).values,

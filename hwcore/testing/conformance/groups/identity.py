@@ -97,18 +97,17 @@ class Identity:
 
     @conforms("set_device", needs="multi_device")
     def test_set_device_makes_the_device_current(self, kit: Kit) -> None:
-        last = kit.hw.device_count() - 1
-        kit.hw.set_device(last)
+        kit.hw.set_device(1)
         got = torch.zeros(1, device=kit.hw.device_string()).device.index
         fix = "Set the current device of torch for the calling thread"
-        kit.same("where a tensor went after it", got, last, "the device that was set", fix)
+        kit.same("where a tensor went after it", got, 1, "the device that was set", fix)
         stream = kit.hw.current_stream()
-        kit.same("the current stream's device", stream.device.index, last, "likewise", fix)
+        kit.same("the current stream's device", stream.device.index, 1, "likewise", fix)
 
     @conforms("set_device", needs="multi_device")
     def test_set_device_leaves_other_threads_alone(self, kit: Kit) -> None:
         kit.hw.set_device(0)
-        kit.in_thread(lambda: kit.hw.set_device(kit.hw.device_count() - 1))
+        kit.in_thread(lambda: kit.hw.set_device(1))
         got = torch.zeros(1, device=kit.hw.device_string()).device.index
         fix = "Set the device of the calling thread only"
         what = "this thread's device after another thread called it"

@@ -24,10 +24,11 @@ class RandomNumbers:
 
     @conforms("generator")
     def test_a_generator_is_for_its_device(self, kit: Kit) -> None:
-        for index in range(min(kit.hw.device_count(), 4)):
+        for index in kit.indices:
             generator = kit.hw.generator(index).manual_seed(1)
             device = kit.hw.device(index)
             fix = "Make it on device `index`"
+            kit.same("attribute `device`", generator.device, device, "the device asked for", fix)
             drawn = torch.rand(_SIZE, generator=generator, device=device)
             expected = torch.zeros(1, device=device).device
             kit.same("a draw's device", drawn.device, expected, "the generator's", fix)
@@ -58,7 +59,7 @@ class RandomNumbers:
     @conforms("manual_seed")
     def test_a_seed_decides_the_default_generators_of_all_devices(self, kit: Kit) -> None:
         devices = [torch.device("cpu")]
-        devices += [kit.hw.device(index) for index in range(min(kit.hw.device_count(), 4))]
+        devices += [kit.hw.device(index) for index in kit.indices]
         fix = "Seed the default generators of the host and of all devices"
         for device in devices:
             draws = []
