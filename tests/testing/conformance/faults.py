@@ -1,6 +1,7 @@
 """Plugins that are each wrong in one way: the simulated accelerator with one hook spoilt.
 
-``FAULTS`` maps a fault's name to its class and to the hook that the kit has to name.
+``FAULTS`` holds them by name, each with the hook that the kit has to name. ``SOUND`` holds plugins
+that differ from the simulated accelerator's own and are right all the same.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import time
 import weakref
 
 import torch
-from hwcore_sim.plugin import SimPlugin
 
 import hwcore
 from hwcore.graphs.tape import Tape
+from hwcore.graphs.tape import is_capturing as tape_is_capturing
 from hwcore.speculative import verify_greedy
 from hwcore.types import (
     Availability,
@@ -24,8 +25,10 @@ from hwcore.types import (
     PlanStreamPolicy,
     TransferEngineSpec,
 )
+from hwcore_sim.plugin import SimPlugin
 
 FAULTS = {}
+SOUND = {"SimPlugin": SimPlugin}
 
 
 def fault(hook, *, denied=()):
@@ -34,6 +37,17 @@ def fault(hook, *, denied=()):
     def enter(plugin):
         plugin.expected, plugin.denied = hook, denied
         FAULTS[plugin.__name__] = plugin
+        return plugin
+
+    return enter
+
+
+def sound(*, denied=()):
+    """Enter a class in SOUND."""
+
+    def enter(plugin):
+        plugin.denied = denied
+        SOUND[plugin.__name__] = plugin
         return plugin
 
     return enter
@@ -94,6 +108,11 @@ class ListsDirectTransfer(SimPlugin):
 @fault("graph_capture")
 class DeclaresAQuirkItLacks(SimPlugin):
     backend_info = with_info(quirks=frozenset({"capture_executes"}))
+
+
+@fault("device_string")
+class DeclaresDevicesWithoutIndex(SimPlugin):
+    backend_info = with_info(quirks=frozenset({"unindexed_device"}))
 
 
 @fault("probe")
@@ -343,16 +362,14 @@ class CurrentStreamOfTheProcess(SimPlugin):
 
     @implements
     def current_stream(self, device=None):
-        here = torch.accelerator.current_stream(device)
-        default = here.stream_id == 0
-        if not default:
-            self.last = weakref.ref(here)
-        kept = self.__dict__.get("last", lambda: None)()
-        elsewhere = threading.current_thread().name.startswith("ThreadPoolExecutor")
-        return kept if default and kept is not None and elsewhere else here
+        here, thread = torch.accelerator.current_stream(device), threading.get_ident()
+        if here.stream_id:
+            self.last = (thread, here)
+        where, last = self.__dict__.get("last", (thread, here))
+        return here if where == thread else last
 
 
-@fault("stream_context")
+@fault("current_stream")  # seen when activated, by what is current within stream_context()
 class ContextDoesNothing(SimPlugin):
     @implements
     def stream_context(self, stream):
@@ -706,7 +723,7 @@ class RegistrationClearsTheBuffer(SimPlugin):
 class OneGraphForAll(SimPlugin):
     @implements
     def create_graph(self):
-        self.graph = self.__dict__.get("graph") or Tape()
+        self.graph = self.__dict__.get("graph") or SimPlugin.create_graph(self)
         return self.graph
 
 
@@ -862,3 +879,63 @@ class EngineListedTwice(SimPlugin):
     @implements
     def transfer_engines(self):
         return [TransferEngineSpec(name="shm", protocol="memfd")] * 2
+
+
+# --- Sound ones -----------------------------------------------------------------------------------
+
+
+@sound()
+class ListsNothing(SimPlugin):
+    """Less is claimed than the device can do."""
+
+    @implements
+    def backend_info(self):
+        info = SimPlugin.backend_info(self)
+        return type(info)(**{**vars(info), "capabilities": frozenset()})
+
+    @implements
+    def host_memory_policy(self):
+        return HostMemoryPolicy()
+
+
+@sound(denied=("topk", "sort"))
+class LacksOperatorsAndSaysSo(SimPlugin):
+    """Its own needs_cpu_fallback() asks the device which operators it lacks."""
+
+
+@sound()
+class HasKernels(SimPlugin):
+    kernels = with_kernel("verify_greedy", verify_greedy)
+
+
+@sound()
+class CapturesWithTheTape(SimPlugin):
+    """The tape does the work while it captures, which the quirk says."""
+
+    backend_info = with_info(quirks=frozenset({"capture_executes"}))
+
+    @implements
+    def create_graph(self):
+        return Tape()
+
+    @implements
+    def graph_capture(self, graph, fn, pool=None, stream=None):
+        with stream:
+            return graph.capture(fn)
+
+    @implements
+    def is_capturing(self):
+        return tape_is_capturing()
+
+
+@sound()
+class RecomputesAfterTheJoin(SimPlugin):
+    @implements
+    def plan_stream_policy(self):
+        return PlanStreamPolicy(recompute_after_join=frozenset({"mrope_positions"}))
+
+    @implements
+    def graph_replay(self, graph, buffers=None, batch=None):
+        for name, tensor in (batch.recomputed if batch else {}).items():
+            buffers[name].copy_(tensor)
+        graph.replay()

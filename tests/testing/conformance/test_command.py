@@ -1,4 +1,4 @@
-"""``hwcore conformance``: it always ends, names the hook at fault, and its exit status says which."""
+"""``hwcore conformance``: it always ends, names hooks at fault, and has an exit status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from hwcore.testing.conformance.report import Report
 
-from ...conftest import PluginSite
+from ...conftest import PluginSite  # noqa: TID252 - tests are no package
 
 COMMAND = ("-m", "hwcore.cli", "conformance", "--backend")
 ACME = "plugin `acme` (hwcore-acme 1.0)"
