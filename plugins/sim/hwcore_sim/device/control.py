@@ -59,7 +59,6 @@ def set_drain_policy(policy: str | None, stream: torch.Stream | None = None) -> 
     """
     global _device_policy
     if stream is None:
-        assert policy is not None or _refuse_none()
         native().set_policy(*parse_policy(policy))
         _device_policy = policy
         return
@@ -75,11 +74,6 @@ def set_drain_policy(policy: str | None, stream: torch.Stream | None = None) -> 
         raise ArgumentValueError(describe("drain policy", "`policy`", policy, expected, fix))
     native().set_stream_policy(*key, policy)
     _stream_policies[key] = policy
-
-
-def _refuse_none() -> bool:
-    expected, fix = "a policy where no stream is named", 'Pass "lazy", "eager" or "random:SEED"'
-    raise ArgumentTypeError(describe("drain policy", "`policy`", None, expected, fix))
 
 
 def get_drain_policy(stream: torch.Stream | None = None) -> str:

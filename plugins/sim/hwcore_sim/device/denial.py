@@ -40,7 +40,7 @@ def deny(*ops: str) -> None:
     with _lock:
         for name in names:
             _counts[name] = max(_counts.get(name, 0), 1)
-            native().deny(name)
+            native().deny(name, _overloads(name))
 
 
 def allow(*ops: str) -> None:
@@ -59,7 +59,7 @@ def denied(*ops: str) -> Iterator[None]:
     with _lock:
         for name in names:
             _counts[name] = _counts.get(name, 0) + 1
-            native().deny(name)
+            native().deny(name, _overloads(name))
     try:
         yield
     finally:
@@ -95,6 +95,10 @@ def _colons(op: str) -> str:
 
 def _names() -> list[str]:
     return torch._C._dispatch_get_all_op_names()
+
+
+def _overloads(name: str) -> list[str]:
+    return [it for it in _names() if it == name or it.partition(".")[0] == name]
 
 
 def _full_name(where: str, op: str) -> str:

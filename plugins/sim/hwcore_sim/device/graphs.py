@@ -186,4 +186,5 @@ def _refused(fault: str) -> str:
 
 
 def _misuse(message: str, cause: BaseException | None = None) -> NoReturn:
-    raise CaptureError(f"{message}.") from cause
+    message += "."
+    raise CaptureError(message) from cause

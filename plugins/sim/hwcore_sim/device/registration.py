@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.utils import backend_registration
 
 from hwcore.errors import (
     ArgumentTypeError,
@@ -19,46 +20,21 @@ from hwcore.errors import (
 )
 from hwcore_sim.device import build
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
 __all__ = ["Settings", "device_type", "is_initialized", "native", "start", "stream_key"]
 
 UNNAMED = "privateuseone"
 """What torch calls the slot for devices from outside as long as nobody has taken it."""
 
 # torch keeps these for devices of its own tree; a device of such a name would be taken for it.
-IN_TREE = frozenset(
-    [
-        "cpu",
-        "cuda",
-        "hip",
-        "xpu",
-        "mps",
-        "mtia",
-        "meta",
-        "xla",
-        "hpu",
-        "ipu",
-        "ve",
-        "lazy",
-        "vulkan",
-        "opengl",
-        "opencl",
-        "metal",
-        "ideep",
-        "fpga",
-        "maia",
-        "mkldnn",
-        "privateuseone",
-    ]
-)
+IN_TREE = {"cpu", "cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "meta", "metal"}
+IN_TREE |= {"mkldnn", "mps", "mtia", "opencl", "opengl", "ve", "vulkan", "xla", "xpu", UNNAMED}
 ERROR_CLASSES = (ArgumentValueError, CapabilityError, CaptureError, ForkError)
 """In the order of ``ErrorKind`` in csrc/common.h."""
 
 _lock = threading.Lock()
 _name: str | None = None
 _native: Any = None
+_module: Any = None
 
 
 class Settings:
@@ -73,7 +49,7 @@ class Settings:
         parse_policy(self.drain, "HWCORE_SIM_DRAIN")
 
 
-def start(name: str | None = None) -> ModuleType:
+def start(name: str | None = None) -> Any:
     """Build or load the device and register it with torch; once per process.
 
     Parameters
@@ -94,7 +70,7 @@ def start(name: str | None = None) -> ModuleType:
     CapabilityError
         If the device cannot be built, or torch's slot for such devices is taken.
     """
-    global _name, _native
+    global _name, _native, _module
     with _lock:
         settings = Settings(name if name is not None or _name is None else _name)
         if _name is not None:
@@ -102,7 +78,7 @@ def start(name: str | None = None) -> ModuleType:
                 expected = f"{_name!r}, the device's name in this process"
                 fix = "Use one process per name"
                 raise ArgumentValueError(describe("start", "`name`", settings.name, expected, fix))
-            return torch.get_device_module(_name)
+            return _module
         taken = torch._C._get_privateuse1_backend_name()
         if taken != UNNAMED:
             message = (
@@ -112,16 +88,16 @@ def start(name: str | None = None) -> ModuleType:
             )
             raise CapabilityError(message)
         built = build.ensure()
-        torch.utils.rename_privateuse1_backend(settings.name)
+        backend_registration.rename_privateuse1_backend(settings.name)
         _native = build.load(built)
         _configure(settings)
         from hwcore_sim.device import module
 
-        made = module.make(settings.name, _native)
-        torch._register_device_module(settings.name, made)
-        torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+        _module = module.make(settings.name, _native)
+        torch._register_device_module(settings.name, _module)  # type: ignore[no-untyped-call]
+        backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
         _name = settings.name
-        return made
+        return _module
 
 
 def _configure(settings: Settings) -> None:
@@ -181,7 +157,7 @@ def device_index(where: str, index: int | None) -> int:
     return index
 
 
-def parse_policy(policy: str, what: str = "`policy`") -> tuple[str, int]:
+def parse_policy(policy: object, what: str = "`policy`") -> tuple[str, int]:
     """Return a drain policy's name and seed."""
     where, expected = "drain policy", '"lazy", "eager" or "random:SEED" with SEED an integer ≥ 0'
     fix = "Pass one of them"

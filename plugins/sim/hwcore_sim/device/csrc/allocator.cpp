@@ -395,6 +395,7 @@ void note_replay(const std::shared_ptr<Pool>& pool, Queue* queue) {
 }
 
 void settle_pool(const std::shared_ptr<Pool>& pool) {
+  if (in_bad_fork()) return;
   Lock lock(memory().mutex);
   for (auto& device : memory().devices) {
     std::vector<Block*> blocks;

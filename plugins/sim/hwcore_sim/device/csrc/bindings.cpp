@@ -66,6 +66,7 @@ void bind_streams(py::module_& m) {
       py::function fn;
       void run() override {
         py::gil_scoped_acquire gil;
+        c10::InferenceMode as_the_host(false);
         fn();
       }
       ~HostFunction() override {

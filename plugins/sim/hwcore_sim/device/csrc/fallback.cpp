@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <map>
 #include <mutex>
 #include <set>
 
@@ -30,6 +31,7 @@ namespace {
 struct Denied {
   std::mutex mutex;
   std::set<std::string> names;
+  std::map<std::string, std::vector<std::unique_ptr<torch::Library>>> composites;
   std::atomic<bool> any{false};
 };
 
@@ -40,15 +42,41 @@ Denied& denied() {
 
 }  // namespace
 
-void deny(const std::string& op) {
+void refuse_denied(const OperatorHandle& op, Stack*) {
+  check_denied(op.schema().name(), op.schema().overload_name());
+}
+
+void deny(const std::string& op, const std::vector<std::string>& overloads) {
   std::lock_guard<std::mutex> lock(denied().mutex);
   denied().names.insert(op);
   denied().any = true;
+  if (denied().composites.count(op)) return;
+  auto& kernels = denied().composites[op];
+  for (const auto& full : overloads) {
+    const auto dot = full.find('.');
+    const auto handle = c10::Dispatcher::singleton().findSchema(
+        {full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)});
+    // Made of other operators, such a one never comes to the fallback: give it a kernel that
+    // does nothing else. torch's in-between kind ends in the fallback under an out= overload.
+    if (!handle || handle->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
+    if (!handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
+        !handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) &&
+        !(full == op && handle->hasKernelForDispatchKey(
+                            c10::DispatchKey::CompositeExplicitAutogradNonFunctional))) {
+      continue;
+    }
+    kernels.push_back(std::make_unique<torch::Library>(
+        torch::Library::IMPL, full.substr(0, full.find(':')), c10::DispatchKey::PrivateUse1,
+        __FILE__, __LINE__));
+    kernels.back()->impl(full.substr(full.find("::") + 2).c_str(),
+                         torch::CppFunction::makeFromBoxedFunction<&refuse_denied>());
+  }
 }
 
 void allow(const std::string& op) {
   std::lock_guard<std::mutex> lock(denied().mutex);
   denied().names.erase(op);
+  denied().composites.erase(op);
   denied().any = !denied().names.empty();
 }
 
@@ -163,14 +191,9 @@ void push_returns(const OperatorInfo& info, const Stack& arguments, const Stack&
 
 // --- Random numbers ------------------------------------------------------------------------------
 
-const at::Generator& generator_of(const OperatorInfo& info, const Stack& arguments,
-                                  DeviceIndex device) {
+at::Generator generator_of(const OperatorInfo& info, const Stack& arguments, DeviceIndex device) {
   const IValue& value = arguments[info.generator];
-  if (value.isNone()) return default_generator(device);
-  thread_local at::Generator held;
-  held = value.toGenerator();
-  as_ours(held);
-  return held;
+  return value.isNone() ? default_generator(device) : value.toGenerator();
 }
 
 // Take from `ours` what the call will draw: its state now, advanced past it by a trial run on
@@ -203,7 +226,8 @@ struct Call : Work {
   void run() override {
     Stack stack = arguments;
     op.callBoxed(&stack);
-    const auto& returns = info_of(op).returns;
+    const auto info = info_of(op);
+    const auto& returns = info->returns;
     size_t next = 0;
     for (size_t i = 0; i < returns.size(); ++i) {
       if (returns[i] >= 0) continue;
@@ -229,7 +253,8 @@ struct RandomCall final : Call {
   using Call::Call;
 
   std::shared_ptr<Work> for_replay(const std::shared_ptr<Work>&) override {
-    const OperatorInfo& info = info_of(op);
+    const auto known = info_of(op);
+    const OperatorInfo& info = *known;
     auto again = std::make_shared<RandomCall>(op, arguments);
     again->results = results;
     again->ours = ours;
@@ -276,10 +301,8 @@ void run_now(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex dev
       });
     }
   }
-  std::unique_lock<std::mutex> drawing;
   if (info.generator >= 0) {
-    Generator* ours = as_ours(generator_of(info, arguments, device));
-    cpu[info.generator] = ours->engine;
+    cpu[info.generator] = as_ours(generator_of(info, arguments, device))->engine;
   }
   {
     GilRelease release;
@@ -331,7 +354,8 @@ bool run_later(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex d
 }
 
 void run(const OperatorHandle& op, Stack* stack) {
-  const OperatorInfo& info = info_of(op);
+  const auto known = info_of(op);
+  const OperatorInfo& info = *known;
   check_denied(info.name, info.overload);
   if (info.is_view) {
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);

@@ -12,8 +12,9 @@ namespace sim {
 
 // --- Simulated missing kernels -------------------------------------------------------------------
 
-// `op` is "namespace::name" for all overloads, or "namespace::name.overload".
-void deny(const std::string& op);
+// `op` is "namespace::name" for all overloads, or "namespace::name.overload"; `overloads` are the
+// full names of those that it means.
+void deny(const std::string& op, const std::vector<std::string>& overloads);
 void allow(const std::string& op);
 std::vector<std::string> denied_ops();
 // Raise if the operator is denied, with a vendor's words.

@@ -3,7 +3,6 @@
 #include <ATen/core/enum_tag.h>
 
 #include <memory>
-#include <mutex>
 #include <set>
 #include <unordered_map>
 
@@ -14,16 +13,12 @@ namespace {
 const std::set<std::string> kValueNames = {"alpha", "beta",  "eps", "fill_value", "max",
                                            "min",   "other", "p",   "value"};
 
-struct Known {
-  const void* arguments;  // of the schema it was made from: names can be registered again
-  std::shared_ptr<const OperatorInfo> info;
-};
-
 }  // namespace
 
 OperatorInfo::OperatorInfo(const c10::OperatorHandle& op)
     : name(op.schema().name()), overload(op.schema().overload_name()) {
   const auto& schema = op.schema();
+  permanent = name.rfind("aten::", 0) == 0;
   random = op.hasTag(at::Tag::nondeterministic_seeded);
   is_view = op.hasTag(at::Tag::inplace_view);
   bool takes_indices = false;
@@ -56,14 +51,14 @@ OperatorInfo::OperatorInfo(const c10::OperatorHandle& op)
   if (name == "aten::equal") reads_host = true;
 }
 
-const OperatorInfo& info_of(const c10::OperatorHandle& op) {
-  const auto& schema = op.schema();
-  thread_local std::unordered_map<const void*, Known> known;
-  Known& found = known[&schema];
-  if (!found.info || found.arguments != schema.arguments().data()) {
-    found = {schema.arguments().data(), std::make_shared<OperatorInfo>(op)};
-  }
-  return *found.info;
+std::shared_ptr<const OperatorInfo> info_of(const c10::OperatorHandle& op) {
+  thread_local std::unordered_map<const void*, std::shared_ptr<const OperatorInfo>> known;
+  const void* key = &op.schema();
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  auto info = std::make_shared<const OperatorInfo>(op);
+  if (info->permanent) known[key] = info;
+  return info;
 }
 
 }  // namespace sim

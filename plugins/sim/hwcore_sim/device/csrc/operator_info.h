@@ -5,7 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/ivalue.h>
 
-#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -22,6 +22,8 @@ struct OperatorInfo {
   };
 
   std::string name, overload;
+  // Operators of torch itself never change; others may be registered anew under the same name.
+  bool permanent = false;
   bool is_view = false;       // returns or makes a view: metadata alone
   bool reads_host = false;    // returns a number: the host waits for it
   bool random = false;
@@ -32,7 +34,7 @@ struct OperatorInfo {
   std::vector<int> returns;   // the written argument that is returned, or -1 for a new value
 };
 
-const OperatorInfo& info_of(const c10::OperatorHandle& op);
+std::shared_ptr<const OperatorInfo> info_of(const c10::OperatorHandle& op);
 
 // Call `each` for every defined tensor in a value.
 template <class F>

@@ -190,7 +190,8 @@ bool has_mask(const OperatorInfo& info, const Stack& arguments) {
 }  // namespace
 
 std::shared_ptr<const Shapes> shapes_of(const c10::OperatorHandle& op, const Stack& arguments) {
-  const OperatorInfo& info = info_of(op);
+  const auto known = info_of(op);
+  const OperatorInfo& info = *known;
   if (info.reads_host) {
     static const auto value = std::make_shared<const Shapes>(unknown("reads a value on the host"));
     return value;
@@ -208,9 +209,8 @@ std::shared_ptr<const Shapes> shapes_of(const c10::OperatorHandle& op, const Sta
   thread_local std::string key;
   key.clear();
   put(key, &op.schema());
-  put(key, op.schema().arguments().data());
   key.push_back(char(c10::get_default_dtype_as_scalartype()));
-  bool told = true;
+  bool told = info.permanent;
   for (size_t i = 0; i < arguments.size() && told; ++i) {
     told = put_value(key, arguments[i], info.arguments[i].value_only);
   }
