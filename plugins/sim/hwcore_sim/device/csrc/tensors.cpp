@@ -288,7 +288,6 @@ void set_shape(const Tensor& tensor, IntArrayRef sizes, IntArrayRef strides) {
           ? at::detail::computeStorageNbytes(sizes, strides, tensor.itemsize(), offset)
           : at::detail::computeStorageNbytesContiguous(sizes, tensor.itemsize(), offset);
   if (c10::multiply_integers(sizes) > 0 && bytes > tensor.storage().nbytes()) {
-    refuse_while_capturing(nullptr, "enlarged a tensor's storage");
     at::native::resize_bytes_nocuda(tensor.storage(), bytes);
   }
   if (strides.data()) {
