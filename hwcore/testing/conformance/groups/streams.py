@@ -259,6 +259,7 @@ class Streams:
     @conforms("wait_event", needs="async_streams")
     def test_the_host_does_not_wait_in_wait_event(self, kit: Kit) -> None:
         consumer = kit.stream()
+        kit.raw.stall(consumer)  # it has no reason to hurry to the wait
 
         def call(late: LateWrite) -> None:
             event = kit.hw.create_event(kit.device)
@@ -270,6 +271,7 @@ class Streams:
     @conforms("wait_stream", needs="async_streams")
     def test_the_host_does_not_wait_in_wait_stream(self, kit: Kit) -> None:
         consumer = kit.stream()
+        kit.raw.stall(consumer)
         _host_goes_on(kit, lambda late: kit.hw.wait_stream(consumer, late.stream), "the host")
 
 
