@@ -58,7 +58,10 @@ def test_importing_any_module_selects_no_backend(site):
         names = [module.name for module in pkgutil.walk_packages(hwcore.__path__, "hwcore.")]
         for name in names:
             if not name.endswith("__main__"):
-                importlib.import_module(name)
+                try:
+                    importlib.import_module(name)
+                except ModuleNotFoundError as error:
+                    assert error.name == "triton", name  # not there for every device
                 assert hwcore.activation._process.decision is None, name
                 assert not hwcore.activation._process.loaded, name
                 assert "HWCORE_BACKEND" not in os.environ, name
