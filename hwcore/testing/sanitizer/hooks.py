@@ -112,7 +112,8 @@ class Hooks:
             snapshot: Snapshot = {}
             for lane in clocks.lanes.values():
                 if lane.device == device:
-                    snapshot |= clocks.release(lane)
+                    for other, epoch in clocks.release(lane).items():
+                        snapshot[other] = max(epoch, snapshot.get(other, 0))
         result = yield
         self._observe(snapshot)
         return result

@@ -124,6 +124,7 @@ class Race:
                 parts.append("          captured at")
                 parts.extend(f"            {line}" for line in access.captured)
         parts.append(f"  missing {self.missing_edge}")
+        parts.append("          (seen are waits through the backend's hooks, not a stream's own.)")
         return "\n".join(parts)
 
 

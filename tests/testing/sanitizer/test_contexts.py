@@ -10,7 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hwcore.testing import sanitizer as san
 from hwcore.testing.sanitizer import RaceError, Sanitizer
 
 TIMEOUT_S = 30
@@ -108,7 +107,7 @@ def test_a_thread_that_outlives_the_sanitizer_goes_on(hw):
 def test_an_error_in_a_thread_reaches_its_caller(hw, sanitizer):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(lambda: torch.ones(2) @ torch.ones(3))
-        with pytest.raises(RuntimeError, match="inconsistent tensor size|size"):
+        with pytest.raises(RuntimeError, match="size"):
             future.result(TIMEOUT_S)
 
 
@@ -133,16 +132,11 @@ def test_many_threads_at_once(hw, sanitizer):
 
 def test_backward_is_watched(hw, sanitizer, streams, zeros):
     _, side = streams
-    weight = zeros(4).requires_grad_()
-    weights_seen = zeros(4)
-    loss = (weight * weights_seen).sum()
-    with hw.stream_context(side):
-        weights_seen.add_(1) if False else None
-    loss.backward()
-    grad = weight.grad
+    weight, inputs = zeros(4).requires_grad_(), zeros(4)
+    (weight * inputs).sum().backward()
     assert kinds(sanitizer) == []
     with hw.stream_context(side):
-        grad.add_(1)
+        weight.grad.add_(1)
     assert kinds(sanitizer) == ["write after write"]
     hw.synchronize()
 
@@ -257,10 +251,12 @@ def test_an_op_of_the_programs_own(hw, sanitizer, streams, written):
 
 def test_a_sanitizer_that_raises_leaves_the_modes_as_they_were(hw):
     depth = torch._C._len_torch_dispatch_stack()
-    with pytest.raises(RaceError), Sanitizer(hw, on_race="raise"):
+
+    def program():
         side = hw.create_stream()
-        x = torch.zeros(8, device=hw.device())
-        read_on(hw, side, x)
+        read_on(hw, side, torch.zeros(8, device=hw.device()))
+
+    with pytest.raises(RaceError), Sanitizer(hw, on_race="raise"):
+        program()
     assert torch._C._len_torch_dispatch_stack() == depth
-    assert san.Sanitizer is Sanitizer
     hw.synchronize()

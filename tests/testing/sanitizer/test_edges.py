@@ -17,7 +17,7 @@ def kinds(sanitizer):
 @pytest.fixture
 def handed_over(hw, sanitizer, streams, zeros):
     """Write on main, run `edge`, read on side; return the kinds of races found."""
-    main, side = streams
+    _, side = streams
 
     def run(edge):
         x = zeros(8)
@@ -130,6 +130,20 @@ def test_the_host_waiting_orders_what_it_launches_then(hw, streams, handed_over,
     assert handed_over(edge) == []
 
 
+def test_the_host_waits_for_the_latest_work_of_each_stream(hw, sanitizer, streams, zeros):
+    main, side = streams
+    x = zeros(8)
+    x.add_(1)
+    hw.wait_stream(side, main)
+    x.add_(1)
+    hw.synchronize()
+    with hw.stream_context(side):
+        y = x * 2
+    assert kinds(sanitizer) == []
+    hw.synchronize()
+    del y
+
+
 def test_orders_are_passed_on(hw, sanitizer, streams, zeros):
     main, side = streams
     third = hw.create_stream()
@@ -227,3 +241,22 @@ def test_work_of_before_the_sanitizer_is_not_reported(hw):
         y = x * 2
     hw.synchronize()
     del y
+
+
+def test_a_copy_between_devices_orders_their_streams(hw, sanitizer):
+    if hw.device_count() < 2:
+        pytest.skip("one device")
+    here, there = hw.device(0), hw.device(1)
+    x = torch.ones(8, device=here)
+    y = x.to(there)
+    (y + 1).sum()
+    z = torch.zeros(8, device=here)
+    z.copy_(y)
+    z.add_(1)
+    assert kinds(sanitizer) == []
+    with hw.stream_context(hw.create_stream(here)):
+        z.add_(1)
+    z.to(there)
+    assert kinds(sanitizer) == ["write after write", "read after write"]
+    hw.synchronize(here)
+    hw.synchronize(there)

@@ -120,9 +120,15 @@ def test_the_programs_own_error_is_the_one_to_see(hw):
         with hw.stream_context(side):
             return x + 1
 
-    with pytest.raises(KeyError), Sanitizer(hw) as sanitizer:
-        leave_a_race_behind()
-        raise KeyError
+    sanitizer = Sanitizer(hw)
+
+    def program():
+        with sanitizer:
+            leave_a_race_behind()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        program()
     assert [race.kind for race in sanitizer.races] == ["freed while in use"]
     hw.synchronize()
 
@@ -146,7 +152,7 @@ def test_a_second_sanitizer_is_refused_and_the_first_goes_on(hw):
 
 
 def test_what_it_does_at_a_race_is_one_of_three():
-    with pytest.raises(ArgumentValueError, match='`on_race` got .explode. .*"raise", "warn"'):
+    with pytest.raises(ArgumentValueError, match="`on_race` got 'explode'"):
         Sanitizer(on_race="explode")
 
 
