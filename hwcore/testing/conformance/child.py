@@ -67,7 +67,7 @@ def _run(options: dict[str, Any], send: Any) -> None:
                 lambda result: send(result=msgspec.to_builtins(result)),
                 keyword=options["keyword"],
                 leave_out=options["leave_out"],
-                on_start=lambda test, hook: send(start=test, hook=hook),
+                on_start=lambda test, hook, limit_s: send(start=test, hook=hook, limit_s=limit_s),
             )
     except PluginError as error:
         send(broken={"hook": error.hook or "plugin", "message": str(error)})

@@ -44,7 +44,9 @@ class TestNotes:
     hung: bool = False
 
 
-def conforms(hook: str, *, needs: str | Sequence[str] = ()) -> Callable[[_F], _F]:
+def conforms(
+    hook: str, *, needs: str | Sequence[str] = (), patience: float = 1.0
+) -> Callable[[_F], _F]:
     """Mark a method of a group as the proof of something about ``hook``.
 
     The method runs in a thread of its own, so that no stream or device stays current after it, with
@@ -57,6 +59,8 @@ def conforms(hook: str, *, needs: str | Sequence[str] = ()) -> Callable[[_F], _F
         What the test is about.
     needs : str or sequence of str
         Capabilities without which the test is skipped, and counted as skipped.
+    patience : float
+        Multiple of the time limit, for a test that starts a process or a compiler.
     """
     features = (needs,) if isinstance(needs, str) else tuple(needs)
     for feature in features:
@@ -65,9 +69,10 @@ def conforms(hook: str, *, needs: str | Sequence[str] = ()) -> Callable[[_F], _F
     def mark(function: _F) -> _F:
         @functools.wraps(function)
         def test(self: object, kit: Kit, **fixtures: Any) -> None:
-            kit.run(hook, features, functools.partial(function, self, kit, **fixtures))
+            body = functools.partial(function, self, kit, **fixtures)
+            kit.run(hook, features, body, patience)
 
-        test.conforms_to = hook  # type: ignore[attr-defined]
+        test.conforms_to, test.patience = hook, patience  # type: ignore[attr-defined]
         return cast("_F", test)
 
     return mark
@@ -205,7 +210,9 @@ class Kit:
 
     # --- Running ---
 
-    def run(self, hook: str, features: Sequence[str], body: Callable[[], None]) -> None:
+    def run(
+        self, hook: str, features: Sequence[str], body: Callable[[], None], patience: float = 1.0
+    ) -> None:
         """Run a test's body; see :func:`conforms`."""
         self.notes = notes = TestNotes(hook)
         for feature in features:
@@ -217,12 +224,13 @@ class Kit:
             body()
             self.raw.settle()
 
+        limit_s = self.timeout_s * patience
         try:
-            within(self.timeout_s, settled, self._trace.inside)
+            within(limit_s, settled, self._trace.inside)
         except (ConformanceError, pytest.skip.Exception):
             raise
         except DeadlineError as error:
-            raise self._hang(error.inside or hook, body) from None
+            raise self._hang(error.inside or hook, body, limit_s) from None
         except PluginError as error:
             message = f"{error.hook or hook}: {error}"
             raise ConformanceError(message, error.hook or hook) from error
@@ -239,11 +247,11 @@ class Kit:
         finally:
             notes.calls = sorted(self._trace.called)
 
-    def _hang(self, hook: str, body: Callable[[], None]) -> ConformanceError:
+    def _hang(self, hook: str, body: Callable[[], None], limit_s: float) -> ConformanceError:
         name = getattr(getattr(body, "func", body), "__name__", "a test")
         self.avoid(hook, name)
         self.notes.hung = True
-        return ConformanceError(hang_message(hook, self.timeout_s), hook)
+        return ConformanceError(hang_message(hook, limit_s), hook)
 
 
 class LateWrite:
@@ -269,10 +277,10 @@ class LateWrite:
         return bool((self._kit.raw.peek(self._target) == _WRITTEN).all())
 
 
-def hang_message(hook: str, timeout_s: float) -> str:
+def hang_message(hook: str, limit_s: float) -> str:
     """Return what is said of a hook that did not come back."""
     return (
-        f"{hook}: the call got no answer within {timeout_s:g} s (--timeout); expected it to "
+        f"{hook}: the call got no answer within {limit_s:g} s (--timeout); expected it to "
         f"return. Let it end once the work that it waits for has ended."
     )
 

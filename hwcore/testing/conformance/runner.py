@@ -47,12 +47,14 @@ class _State:
     test: str | None = None
     hook: str = "setup"
     began: float = 0.0
+    limit_s: float = 0.0
     ended: bool = False
     avoid: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def fold(self, heard: dict[str, Any], on_result: Callable[[Result], None]) -> None:
         if "start" in heard:
             self.test, self.began = heard["start"], time.monotonic()
+            self.limit_s = heard["limit_s"] + GRACE_S
         self.hook = heard.get("hook", self.hook)
         if "backend" in heard:
             self.backend = msgspec.convert(heard["backend"], BackendFacts)
@@ -142,7 +144,7 @@ def _run_child(options: dict[str, Any], state: _State, on_result: Callable[[Resu
             start_new_session=True,
         )
         try:
-            return _listen(child, options["timeout_s"], state, on_result, noise)
+            return _listen(child, state, on_result, noise)
         finally:
             kill(child)
             if child.stdout:
@@ -151,7 +153,6 @@ def _run_child(options: dict[str, Any], state: _State, on_result: Callable[[Resu
 
 def _listen(
     child: subprocess.Popen[bytes],
-    timeout_s: float,
     state: _State,
     on_result: Callable[[Result], None],
     noise: IO[bytes],
@@ -159,7 +160,7 @@ def _listen(
     assert child.stdout is not None
     lines = Lines(child.stdout.fileno())
     while not state.ended:
-        limit_s = START_S if state.test is None else timeout_s + GRACE_S
+        limit_s = START_S if state.test is None else state.limit_s
         try:
             line = lines.next(max(state.began + limit_s - time.monotonic(), 0))
         except TimeoutError:

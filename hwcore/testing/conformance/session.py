@@ -99,14 +99,14 @@ def run_tests(
     keyword: str = "",
     leave_out: Collection[str] = (),
     first_failure: bool = False,
-    on_start: Callable[[str, str], None] = lambda test, hook: None,
+    on_start: Callable[[str, str, float], None] = lambda test, hook, limit_s: None,
 ) -> None:
     """Run pytest over the groups, apart from the caller's own configuration and plugins.
 
     Parameters
     ----------
     on_result, on_start : callable
-        Told each result, and the name and hook of each test that begins.
+        Told each result; and the name, hook and limit in seconds of each test that begins.
     leave_out : collection of str
         Names of tests not to run, because an earlier process did.
 
@@ -184,7 +184,7 @@ class _Session:
         self,
         kit: Kit,
         on_result: Callable[[report.Result], None],
-        on_start: Callable[[str, str], None],
+        on_start: Callable[[str, str, float], None],
         leave_out: frozenset[str],
     ) -> None:
         self.usage_error = ""
@@ -214,8 +214,8 @@ class _Session:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        self._on_start(item.name, _hook_of(item))
-        self._failure: pytest.ExceptionInfo[BaseException] | None = None
+        patience = getattr(getattr(item, "function", None), "patience", 1.0)
+        self._on_start(item.name, _hook_of(item), self._kit.timeout_s * patience)
         return (yield)
 
     @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def print_report(report: Report, console: Console) -> None:
     for failure in report.failures:
         console.print(f"\n[bold red]{escape(failure.hook)}[/]")
         for test, message in zip(failure.tests, failure.messages, strict=True):
-            console.print(f"  [dim]{escape(test)}[/]")
-            console.print(f"  {escape(message)}")
+            console.print(_indented(f"[dim]{escape(test)}[/]"))
+            console.print(_indented(escape(message)))
     if report.features_skipped:
         console.print("\n[bold]Skipped, for the backend does not claim it[/]")
         for feature in report.features_skipped:
@@ -44,12 +45,18 @@ def print_report(report: Report, console: Console) -> None:
     if report.quirks:
         console.print("\n[bold]Quirks, and the tests that they adapted[/]")
         for quirk in report.quirks:
-            console.print(f"  {escape(quirk.name)}: {escape(', '.join(quirk.tests) or 'none')}")
+            console.print(f"  {escape(quirk.name)}: {len(quirk.tests)}")
+            for test in quirk.tests:
+                console.print(_indented(f"[dim]{escape(test)}[/]", 4))
     if report.error:
         console.print(f"\n[bold red]{escape(report.error)}[/]")
     code = report.exit_code
     took = f", {report.duration_s:.1f} s" if report.tests else ""
     console.print(f"\n[{_STYLES[code]}]{MEANINGS[code]}[/] (exit status {code}{took})")
+
+
+def _indented(text: str, columns: int = 2) -> Padding:
+    return Padding(text, (0, 0, 0, columns))
 
 
 def _table(report: Report) -> Table:

@@ -29,7 +29,7 @@ class Compilation:
             said = policy.enabled or bool(policy.reason.strip())
             kit.that(said, f"for `{name}`", policy, "a reason where it is off", "Say why")
 
-    @conforms("compile_policy")
+    @conforms("compile_policy", patience=4)
     def test_a_wrapped_function_gives_the_eager_result_whatever_the_policy(self, kit: Kit) -> None:
         enabled = kit.hw.compile_policy(CompileRequest(_step.__qualname__)).enabled
         if enabled:
@@ -45,7 +45,7 @@ class Compilation:
         expected = _step(torch.tensor([1.0, 2.0, 3.0]))
         kit.that(torch.allclose(got, expected), "the result", got, f"{expected.tolist()}", fix)
 
-    @conforms("compile_policy", needs="compile")
+    @conforms("compile_policy", needs="compile", patience=4)
     def test_functions_are_compiled_where_compile_is_listed(self, kit: Kit) -> None:
         policy = kit.hw.compile_policy(CompileRequest(_step.__qualname__))
         expected = "enabled=True, since `compile` is listed"

@@ -16,7 +16,7 @@ _HOST_ONLY = "gloo"
 
 
 class Distributed:
-    @conforms("distributed_backend")
+    @conforms("distributed_backend", patience=2)
     def test_a_group_of_one_reduces_a_tensor(self, kit: Kit) -> None:
         name = kit.hw.distributed_backend()
         fix = "Return the name that torch.distributed knows the device's communication library by"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from hwcore.probing import child_environment
+from hwcore.probing import child_environment, kill, status_text
 from hwcore.testing.conformance.kit import conforms
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _FRESH = """
     hw = {loader}
+    import torch
     answers = {{"initialized": hw.is_initialized()}}
     answers["value"] = (torch.ones(3, device=hw.device(0)) * 2).sum().item()
     answers["backend"] = hw.info.name
@@ -24,6 +26,7 @@ _FRESH = """
 _FORKED = """
     import os
     hw = {loader}
+    import torch
 
     def forked(work):
         reader, writer = os.pipe()
@@ -50,24 +53,25 @@ _FORKED = """
 """
 
 _RIGHT = "6.0"
+_PATIENCE = 4  # importing torch and a vendor's libraries takes its time
 
 
 class Processes:
-    @conforms("setup")
+    @conforms("setup", patience=_PATIENCE)
     def test_setup_creates_no_device_context(self, kit: Kit) -> None:
         answers = _run(kit, _FRESH)
         fix = "Import and register only; a fork would break a live context"
         got = answers["initialized"]
         kit.that(not got, "is_initialized() just after it", got, "False", fix)
 
-    @conforms("setup")
+    @conforms("setup", patience=_PATIENCE)
     def test_a_new_process_computes_on_the_device(self, kit: Kit) -> None:
         answers = _run(kit, _FRESH)
         fix = "Let setup() do all that the device needs in a new process"
         kit.same("a sum in a child process", answers["value"], float(_RIGHT), "as here", fix)
         kit.same("its backend", answers["backend"], kit.hw.info.name, "the one named", fix)
 
-    @conforms("is_initialized")
+    @conforms("is_initialized", patience=_PATIENCE)
     def test_a_forked_child_has_the_device_or_is_told_to_spawn(self, kit: Kit) -> None:
         answers = _run(kit, _FORKED)
         unsafe = kit.has_quirk("fork_unsafe")
@@ -91,19 +95,31 @@ def _run(kit: Kit, body: str) -> dict[str, Any]:
         kit.skip("loader", "the backend was passed as an object, which no other process can load")
     key = kit.loader, body
     if key not in _ran:
-        code = "import json\nimport hwcore\nimport torch\n" + textwrap.dedent(body)
-        code = code.format(loader=kit.loader) + "\nprint(json.dumps(answers))\n"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=child_environment(),
-            capture_output=True,
-            text=True,
-            timeout=kit.timeout_s,
-            check=False,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        code = textwrap.dedent(body).format(loader=kit.loader)
+        code = f"import json\nimport hwcore\n{code}\nprint(json.dumps(answers))\n"
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=child_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=True,
+            )
+            limit_s = kit.timeout_s * (_PATIENCE - 1)
             fix = "Make the backend usable in a new process"
-            kit.fail("a child process", last, "exit status 0", fix)
-        _ran[key] = json.loads(done.stdout.splitlines()[-1])
+            try:
+                status = child.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                expected = f"an end within {limit_s:g} s"
+                kit.fail("a child process", "no end", expected, fix)
+            finally:
+                kill(child)  # with what it forked
+            output.seek(0)
+            errors.seek(0)
+            if status:
+                last = (errors.read().strip().splitlines() or ["no message"])[-1]
+                got = f"{status_text(status)}: {last}"
+                kit.fail("a child process", got, "exit status 0", fix)
+            _ran[key] = json.loads(output.read().splitlines()[-1])
     return _ran[key]
