@@ -222,6 +222,27 @@ def test_a_hook_that_ends_the_process_fails_by_name_and_the_run_goes_on(site):
     assert any(test.outcome == "passed" for test in report.tests)
 
 
+@pytest.mark.slow
+def test_a_plugin_that_crashes_everywhere_ends_the_run_which_says_so(site):
+    crashing = {
+        "set_device": "index",
+        "manual_seed": "seed",
+        "pin_memory": "tensor",
+        "register_host_memory": "buffer",
+        "record_stream": "tensor",
+        "synchronize": "device",
+    }
+    hooks = (
+        f"@hwcore.hookimpl\ndef {hook}(self, {argument}):\n    import os; os.abort()\n"
+        for hook, argument in crashing.items()
+    )
+    site.add("acme", "\n".join(hooks))
+    status, report = conformance(site, "acme")
+    assert status == 1
+    assert report.error == "stopped after 6 processes had to be ended; some tests did not run"
+    assert set(failures(report)) == set(crashing)
+
+
 def test_a_setup_that_ends_the_process_is_named(site):
     site.add("acme", "@hwcore.hookimpl\ndef setup(self):\n    import os\n    os._exit(7)\n")
     status, report = conformance(site, "acme")
