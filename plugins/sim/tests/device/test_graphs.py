@@ -146,7 +146,7 @@ def test_pinned_memory_of_a_graph_is_kept_for_it(sim, graph, x):
     host = torch.full((4,), 2.0).pin_memory()
     graph.capture(lambda: x.copy_(host, non_blocking=True))
     address = host.data_ptr()
-    del host
+    host = None
     assert torch.empty(4).pin_memory().data_ptr() != address
     graph.replay()
     assert values(x) == [2] * 4
@@ -203,7 +203,7 @@ def test_closing_gives_the_memory_back(sim):
     x = torch.ones(1 << 20, device="sim")
     out = graph.capture(lambda: (x * 2) + 1)
     graph.replay()
-    del out, x
+    out = x = None  # noqa: F841 - what they held is free
     graph.close()
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
@@ -244,7 +244,7 @@ def test_a_replay_outlives_its_graph(sim):
     graph.capture(lambda: y.copy_((x * 2) + 1))
     graph.replay()
     graph.close()
-    del graph, x
+    graph = x = None
     gc.collect()
     others = [torch.full((1000,), 9.0, device="sim") for _ in range(20)]
     assert values(y) == [3] * 1000
@@ -254,7 +254,7 @@ def test_a_replay_outlives_its_graph(sim):
 def test_inputs_that_the_caller_drops_are_kept(sim, graph):
     x = torch.full((1000,), 2.0, device="sim")
     out = graph.capture(lambda: x + 1)
-    del x
+    x = None
     others = [torch.zeros(1000, device="sim") for _ in range(20)]
     torch.accelerator.synchronize()
     graph.replay()

@@ -114,7 +114,9 @@ void bind_graphs(py::module_& m) {
            })
       .def("close", &Graph::close)
       .def_readonly("fault", &Graph::fault);
-  m.def("is_capturing", [] { return is_capturing(current_queue(current_device())); });
+  // A device that nobody has used captures nothing, and asking must not bring it to life.
+  m.def("is_capturing",
+        [] { return is_live() && is_capturing(current_queue(current_device())); });
   m.def("capture_stream_limit", &capture_stream_limit);
   m.def("set_capture_stream_limit", &set_capture_stream_limit);
   m.def("capture_streams_left", &capture_streams_left);

@@ -52,16 +52,17 @@ void deny(const std::string& op, const std::vector<std::string>& overloads) {
   denied().any = true;
   if (denied().composites.count(op)) return;
   auto& kernels = denied().composites[op];
+  const bool dotted = op.find('.') != std::string::npos;
   for (const auto& full : overloads) {
     const auto dot = full.find('.');
     const auto handle = c10::Dispatcher::singleton().findSchema(
         {full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)});
     // Made of other operators, such a one never comes to the fallback: give it a kernel that
-    // does nothing else. torch's in-between kind ends in the fallback under an out= overload.
+    // does nothing else. torch's in-between kind gets there as another overload of its name.
     if (!handle || handle->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
     if (!handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
         !handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) &&
-        !(full == op && handle->hasKernelForDispatchKey(
+        !(dotted && handle->hasKernelForDispatchKey(
                             c10::DispatchKey::CompositeExplicitAutogradNonFunctional))) {
       continue;
     }
@@ -160,9 +161,10 @@ Stack cpu_arguments(const Stack& arguments, F&& map) {
 }
 
 void check_plain(const Tensor& result, const OperatorInfo& info) {
+  const bool quantized = c10::isQIntType(result.scalar_type());  // said by metadata alone as well
   TORCH_CHECK_NOT_IMPLEMENTED(
-      result.layout() == c10::kStrided && !result.is_quantized(), info.name, " on ", device_name(),
-      ": the result is ", result.is_quantized() ? "quantized" : "of a sparse or other layout",
+      result.layout() == c10::kStrided && !quantized, info.name, " on ", device_name(),
+      ": the result is ", quantized ? "quantized" : "of a sparse or other layout",
       "; expected a plain strided tensor. Move the arguments to the CPU first.");
 }
 
@@ -409,10 +411,6 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable",
          torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
-}
-
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
-  m.fallback(torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace sim

@@ -15,7 +15,7 @@
 namespace sim {
 namespace {
 
-// Operators whose metadata function and CPU kernel disagree about the shape of a result.
+// Operators whose metadata function and CPU kernel disagree about the shape or type of a result.
 const std::set<std::string> kDisagreeing = {
     "aten::_batch_norm_impl_index",
     "aten::_batch_norm_no_update",
@@ -25,6 +25,9 @@ const std::set<std::string> kDisagreeing = {
     "aten::_native_batch_norm_legit",
     "aten::_native_batch_norm_legit_no_training",
     "aten::native_batch_norm",
+    "aten::quantize_per_channel",
+    "aten::quantize_per_tensor",
+    "aten::quantize_per_tensor_dynamic",
 };
 
 constexpr size_t kRemembered = 1 << 14;

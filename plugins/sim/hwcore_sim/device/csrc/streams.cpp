@@ -246,6 +246,7 @@ Queue* find_queue(DeviceIndex device, int64_t id) {
 }
 
 Queue* current_queue(DeviceIndex device) {
+  use_device("a stream");
   Queue*& current = t_current.queues[device];
   if (current == nullptr || (current->stale && current->id == 0)) current = default_queue(device);
   check_stale(current);
@@ -549,6 +550,7 @@ void wait(Event& event, Queue* queue) {
 }
 
 bool query(Event& event) {
+  use_device("Event.query");
   if (!event.source) return true;
   refuse_captured_event(event, "queried");
   refuse_while_capturing(nullptr, "called Event.query");
@@ -560,6 +562,7 @@ bool query(Event& event) {
 }
 
 void synchronize(Event& event) {
+  use_device("Event.synchronize");
   if (!event.source) return;
   refuse_captured_event(event, "waited for");
   refuse_while_capturing(nullptr, "called Event.synchronize, which waits for the device");
@@ -569,6 +572,7 @@ void synchronize(Event& event) {
 }
 
 double elapsed_ms(Event& start, Event& end) {
+  use_device("Event.elapsed_time");
   for (Event* event : {&start, &end}) {
     const char* which = event == &start ? "the start event" : "the end event";
     refuse_captured_event(*event, "called elapsed_time of");

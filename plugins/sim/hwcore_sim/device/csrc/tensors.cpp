@@ -219,9 +219,10 @@ c10::Scalar local_scalar_dense(const Tensor& tensor) {
 
 const Tensor& resize(const Tensor& tensor, IntArrayRef sizes,
                      std::optional<c10::MemoryFormat> format) {
+  TORCH_CHECK(format != c10::MemoryFormat::Preserve, "Unsupported memory format ",
+              c10::MemoryFormat::Preserve);
   set_shape(tensor, sizes, {});
   if (format) {
-    TORCH_CHECK(*format != c10::MemoryFormat::Preserve, "Unsupported memory format", *format);
     tensor.unsafeGetTensorImpl()->empty_tensor_restride(*format);
   }
   return tensor;
