@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -22,7 +22,7 @@ class SimRawAccess(RawAccess):
 
     def stall(self, stream: Stream) -> None:
         """Let nothing in ``stream`` run before somebody waits for it: that is late enough."""
-        device.set_drain_policy("lazy", stream)
+        device.set_drain_policy("lazy", cast("torch.Stream", stream))
 
     def observable(self, like: torch.Tensor) -> torch.Tensor:
         """Return a tensor of zeros on the device."""
