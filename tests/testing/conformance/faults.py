@@ -654,6 +654,11 @@ class KernelOfAnUnknownName(SimPlugin):
     kernels = with_kernel("verify_gredy", verify_greedy)
 
 
+@fault("kernels", denied=("sort",))
+class LacksWhatTheReferenceNeeds(SimPlugin):
+    """It says so by needs_cpu_fallback(), but build_tree() needs it and there is no kernel."""
+
+
 # --- Host memory ----------------------------------------------------------------------------------
 
 
@@ -898,7 +903,7 @@ class ListsNothing(SimPlugin):
         return HostMemoryPolicy()
 
 
-@sound(denied=("topk", "sort"))
+@sound(denied=("topk", "nonzero"))
 class LacksOperatorsAndSaysSo(SimPlugin):
     """Its own needs_cpu_fallback() asks the device which operators it lacks."""
 

@@ -219,6 +219,7 @@ def test_a_hook_that_ends_the_process_fails_by_name_and_the_run_goes_on(site):
     first = failures(report)["set_device"].messages[0]
     assert "killed by SIGABRT" in first
     assert "firmware gone" in first
+    assert len({test.name for test in report.tests}) == len(report.tests), "each ran once"
     assert any(test.outcome == "passed" for test in report.tests)
 
 
