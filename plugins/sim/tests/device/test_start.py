@@ -242,6 +242,11 @@ def test_other_sources_are_another_build(tmp_path, monkeypatch):
     assert build._key() != before
 
 
+def test_every_source_is_compiled_once(sim):
+    parts = [part for unit in build.UNITS for part in unit]
+    assert sorted(parts) == sorted(file.stem for file in build.SOURCES.glob("*.cpp"))
+
+
 def test_loading_what_was_built_imports_no_compiler_support(python):
     code = f"{START}; import sys; print('torch.utils.cpp_extension' in sys.modules)"
     assert python(code).output == "False"

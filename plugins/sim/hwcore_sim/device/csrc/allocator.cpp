@@ -188,7 +188,9 @@ std::string human(size_t bytes) {
 // With the lock held, which it gives up while queued work runs to make memory free.
 Block* new_segment(Lock& lock, DeviceIndex index, size_t bytes) {
   DeviceMemory& device = memory().devices[index];
-  const auto fits = [&] { return bytes <= device.capacity - std::min(device.capacity, device.reserved); };
+  const auto fits = [&] {
+    return bytes <= device.capacity - std::min(device.capacity, device.reserved);
+  };
   if (device.cached > kCacheLimit) release_cached_locked(device);
   if (!fits() && bytes <= device.capacity) {
     ++device.stats.num_alloc_retries;
@@ -235,7 +237,7 @@ void free_block(void* context) {
   if (block->pool && !block->pool->closed) {
     const bool capturing = block->home->capture.load() != nullptr;
     if (capturing) submit_poison(block->home, block->data, block->bytes);
-    put(block, !capturing            ? nullptr
+    put(block, !capturing             ? nullptr
                : block->users.empty() ? block->home
                                       : nobody());  // another lane may read it until the end
     return;

@@ -1,6 +1,4 @@
 // What Python sees: the functions behind hwcore_sim.device and the torch.<name> module.
-#include "runtime.h"
-
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -8,6 +6,7 @@
 #include "fallback.h"
 #include "generator.h"
 #include "graph.h"
+#include "runtime.h"
 #include "streams.h"
 #include "tensors.h"
 
@@ -86,9 +85,8 @@ void bind_memory(py::module_& m) {
   m.def("release_cached", [](int device) { release_cached(DeviceIndex(device)); });
   m.def("memory_info",
         [](int device) { return device_allocator()->getMemoryInfo(DeviceIndex(device)); });
-  m.def("set_pinned_reuse", [](bool early) {
-    set_pinned_reuse(early ? PinnedReuse::Early : PinnedReuse::Safe);
-  });
+  m.def("set_pinned_reuse",
+        [](bool early) { set_pinned_reuse(early ? PinnedReuse::Early : PinnedReuse::Safe); });
   m.def("pinned_reuse_is_early", [] { return pinned_reuse() == PinnedReuse::Early; });
   m.def("peek", &peek);
 }
@@ -115,8 +113,7 @@ void bind_graphs(py::module_& m) {
       .def("close", &Graph::close)
       .def_readonly("fault", &Graph::fault);
   // A device that nobody has used captures nothing, and asking must not bring it to life.
-  m.def("is_capturing",
-        [] { return is_live() && is_capturing(current_queue(current_device())); });
+  m.def("is_capturing", [] { return is_live() && is_capturing(current_queue(current_device())); });
   m.def("capture_stream_limit", &capture_stream_limit);
   m.def("set_capture_stream_limit", &set_capture_stream_limit);
   m.def("capture_streams_left", &capture_streams_left);

@@ -63,12 +63,12 @@ void deny(const std::string& op, const std::vector<std::string>& overloads) {
     if (!handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
         !handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) &&
         !(dotted && handle->hasKernelForDispatchKey(
-                            c10::DispatchKey::CompositeExplicitAutogradNonFunctional))) {
+                        c10::DispatchKey::CompositeExplicitAutogradNonFunctional))) {
       continue;
     }
-    kernels.push_back(std::make_unique<torch::Library>(
-        torch::Library::IMPL, full.substr(0, full.find(':')), c10::DispatchKey::PrivateUse1,
-        __FILE__, __LINE__));
+    kernels.push_back(
+        std::make_unique<torch::Library>(torch::Library::IMPL, full.substr(0, full.find(':')),
+                                         c10::DispatchKey::PrivateUse1, __FILE__, __LINE__));
     kernels.back()->impl(full.substr(full.find("::") + 2).c_str(),
                          torch::CppFunction::makeFromBoxedFunction<&refuse_denied>());
   }
@@ -96,7 +96,8 @@ void check_denied(const std::string& name, const std::string& overload) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       false, "Could not run '", full, "' with arguments from the '", device_name(),
       "' backend (simulated missing kernel). Run it on the CPU where needs_cpu_fallback says so, "
-      "or call hwcore_sim.device.allow(\"", name, "\").");
+      "or call hwcore_sim.device.allow(\"",
+      name, "\").");
 }
 
 void keep_for_graph(Queue* queue, const Tensor& tensor) {
@@ -111,7 +112,8 @@ namespace {
 // --- Which device a call is for ------------------------------------------------------------------
 
 [[noreturn]] void fail_mixed(c10::Device one, c10::Device other, const OperatorInfo& info) {
-  TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ",
+  TORCH_CHECK(false,
+              "Expected all tensors to be on the same device, but found at least two devices, ",
               one, " and ", other, "! (when running ", info.name, " on ", device_name(), ")");
 }
 
@@ -236,7 +238,8 @@ struct Call : Work {
       for_each_tensor(stack[i], [&](const Tensor& result) {
         const Tensor& to = results.at(next++);
         TORCH_CHECK(to.sizes() == result.sizes(), name(), ": the CPU's kernel returned sizes ",
-                    result.sizes(), "; expected ", to.sizes(), ", as its metadata function says. "
+                    result.sizes(), "; expected ", to.sizes(),
+                    ", as its metadata function says. "
                     "Report the operator: it belongs into kDisagreeing of shapes.cpp.");
         copy_result(to, result);
       });
@@ -321,8 +324,8 @@ void run_now(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex dev
 }
 
 // Queue the call; false if it has to run now for its shapes or its random numbers.
-bool run_later(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex device,
-               Queue* queue, const Stack& arguments, const Shapes& shapes, Stack* stack) {
+bool run_later(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex device, Queue* queue,
+               const Stack& arguments, const Shapes& shapes, Stack* stack) {
   c10::InferenceMode no_grad(false);
   reshape(info, arguments, shapes);
   Stack cpu = cpu_arguments(arguments, for_later);
@@ -373,7 +376,8 @@ void run(const OperatorHandle& op, Stack* stack) {
   }
   const auto shapes = shapes_of(op, arguments);
   if (shapes->known && run_later(op, info, device, queue, arguments, *shapes, stack)) return;
-  const std::string why = shapes->known ? "draws random numbers that depend on values" : shapes->why;
+  const std::string why =
+      shapes->known ? "draws random numbers that depend on values" : shapes->why;
   const std::string problem = c10::str("called ", toString(op.operator_name()), ", which ", why);
   refuse_while_capturing(queue, problem);
   synchronize(queue, problem.c_str());
@@ -382,8 +386,7 @@ void run(const OperatorHandle& op, Stack* stack) {
 
 // torch routes convolutions of unknown devices here; the CPU has them under their usual names.
 void convolution(const OperatorHandle&, Stack* stack) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution", "");
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution", "");
   run(op, stack);
 }
 

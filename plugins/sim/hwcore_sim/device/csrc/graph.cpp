@@ -120,8 +120,8 @@ void Graph::end() {
     }
     Item& item = lanes[lane].items[done[lane]];
     if (item.source) {
-      const auto source =
-          std::find_if(lanes.begin(), lanes.end(), [&](auto& it) { return it.queue == item.source; });
+      const auto source = std::find_if(lanes.begin(), lanes.end(),
+                                       [&](auto& it) { return it.queue == item.source; });
       const size_t index = source - lanes.begin();
       if (index != lane && done[index] < item.position) {
         stack.emplace_back(index, item.position);
@@ -156,9 +156,9 @@ void Graph::end() {
 void Graph::replay(Queue* queue) {
   refuse_while_capturing(queue, "replayed a graph inside the capture");
   if (queue->device != device) {
-    fail(ErrorKind::Capture, c10::str("Graph.replay: current stream got ", name_of(*queue),
-                                      "; expected one of ", device_name(device),
-                                      ", where it was captured. Make that device current."));
+    fail(ErrorKind::Capture,
+         c10::str("Graph.replay: current stream got ", name_of(*queue), "; expected one of ",
+                  device_name(device), ", where it was captured. Make that device current."));
   }
   struct Hold final : Work {  // keeps what the replay needs until it has run
     std::shared_ptr<External> external;

@@ -65,7 +65,8 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (device >= 0 && device != queue->device) {
       fail(ErrorKind::Capability,
            c10::str("Event.record: stream got ", name_of(*queue), "; expected one of ",
-                    device_name(device), ", the event's device. Create the event for the stream's "
+                    device_name(device),
+                    ", the event's device. Create the event for the stream's "
                     "device."));
     }
     if (!*event) *event = new Event;

@@ -108,9 +108,9 @@ struct Hooks final : at::PrivateUse1HooksInterface {
       auto kept = std::min(bytes, storage.nbytes());
       if (kept) device_allocator()->copy_data(data.get(), storage.data(), kept);
       // The old block goes back to its own stream, which may be another than that of the copy.
-      device_allocator()->recordStream(
-          storage.data_ptr(), c10::Stream(c10::Stream::UNSAFE, storage.device(),
-                                          current_queue_id(storage.device().index())));
+      device_allocator()->recordStream(storage.data_ptr(),
+                                       c10::Stream(c10::Stream::UNSAFE, storage.device(),
+                                                   current_queue_id(storage.device().index())));
       storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(data));
       storage.unsafeGetStorageImpl()->set_nbytes(bytes);
     } catch (...) {

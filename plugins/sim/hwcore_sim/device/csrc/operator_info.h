@@ -15,23 +15,23 @@ struct OperatorInfo {
   explicit OperatorInfo(const c10::OperatorHandle& op);
 
   struct Argument {
-    bool written = false;    // (a!)
-    bool is_out = false;     // an out= argument
-    bool is_index = false;   // indices may be on the CPU
+    bool written = false;     // (a!)
+    bool is_out = false;      // an out= argument
+    bool is_index = false;    // indices may be on the CPU
     bool value_only = false;  // a number that no shape depends on
   };
 
   std::string name, overload;
   // Operators of torch itself never change; others may be registered anew under the same name.
   bool permanent = false;
-  bool is_view = false;       // returns or makes a view: metadata alone
-  bool reads_host = false;    // returns a number: the host waits for it
+  bool is_view = false;     // returns or makes a view: metadata alone
+  bool reads_host = false;  // returns a number: the host waits for it
   bool random = false;
   bool has_out = false;
-  bool dynamic = false;       // the shape of its result depends on values
-  int generator = -1;         // which argument it is
+  bool dynamic = false;  // the shape of its result depends on values
+  int generator = -1;    // which argument it is
   std::vector<Argument> arguments;
-  std::vector<int> returns;   // the written argument that is returned, or -1 for a new value
+  std::vector<int> returns;  // the written argument that is returned, or -1 for a new value
 };
 
 std::shared_ptr<const OperatorInfo> info_of(const c10::OperatorHandle& op);

@@ -37,7 +37,7 @@ Pinned& pinned() {
   return *instance;
 }
 
-using Lock = std::lock_guard<std::mutex>;
+using Lock = std::unique_lock<std::mutex>;
 
 bool in_use(PinnedBlock& block) {
   auto& uses = block.uses;
@@ -55,13 +55,13 @@ void free_pinned(void* context) {
   pinned().free[block->bytes].push_back(block);
 }
 
-void free_nothing(void*) {}
+void free_no_pin(void*) {}
 
 struct PinnedAllocator final : at::HostAllocator {
   c10::DataPtr allocate(size_t bytes) override {
     use_device("pin_memory");
     const c10::Device host(c10::DeviceType::CPU);
-    if (bytes == 0) return {nullptr, nullptr, &free_nothing, host};
+    if (bytes == 0) return {nullptr, nullptr, &free_no_pin, host};
     size_t size = kSmallest;  // powers of two, as device runtimes have it
     while (size < bytes && size < (size_t(1) << 62)) size *= 2;
     Lock lock(pinned().mutex);

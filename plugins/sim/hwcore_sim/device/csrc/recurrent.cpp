@@ -41,8 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell_backward(const Optional& grad_hy,
   auto of_cy = of_hy * out * (1 - tanh_cy * tanh_cy);
   if (grad_cy && grad_cy->defined()) of_cy = of_cy + *grad_cy;
   const auto of_gates = at::cat({of_cy * cell * in * (1 - in), of_cy * cx * forget * (1 - forget),
-                                 of_cy * in * (1 - cell * cell),
-                                 of_hy * tanh_cy * out * (1 - out)},
+                                 of_cy * in * (1 - cell * cell), of_hy * tanh_cy * out * (1 - out)},
                                 1);
   return {of_gates, of_cy * forget, has_bias ? of_gates.sum(0) : Tensor()};
 }

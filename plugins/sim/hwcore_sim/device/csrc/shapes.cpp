@@ -111,7 +111,8 @@ bool put_value(std::string& key, const c10::IValue& value, bool value_only) {
 at::Tensor to_meta(const at::Tensor& tensor) {
   // Python's numbers stay as they are: metadata functions in Python cannot take them on `meta`.
   if (tensor.is_cpu() && tensor.unsafeGetTensorImpl()->is_wrapped_number()) return tensor;
-  auto meta = at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type());
+  auto meta =
+      at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type());
   auto* impl = meta.unsafeGetTensorImpl();
   if (tensor.is_conj()) impl->_set_conj(true);
   if (tensor.is_neg()) impl->_set_neg(true);

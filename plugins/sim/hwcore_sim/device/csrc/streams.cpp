@@ -88,7 +88,8 @@ void run_item(Queue* queue, Item& item) {
 
 [[noreturn]] void fail_circular(const Queue* queue) {
   fail(ErrorKind::Capability,
-       c10::str("stream ", name_of(*queue), " waits for itself; expected waits without a circle. "
+       c10::str("stream ", name_of(*queue),
+                " waits for itself; expected waits without a circle. "
                 "Do not synchronise, inside queued work, a stream that this work belongs to or is "
                 "waited for by."));
 }
@@ -419,8 +420,9 @@ void reset_device(DeviceIndex device) {
   use_device("reset");
   refuse_while_capturing(nullptr, "called reset");
   if (Execution::mine()) {
-    fail(ErrorKind::Capability, "reset: was called by queued work; expected a call from outside. "
-                                "Call it when the work has run.");
+    fail(ErrorKind::Capability,
+         "reset: was called by queued work; expected a call from outside. "
+         "Call it when the work has run.");
   }
   GilRelease release;
   Execution execution;  // wait for the item that another thread may be running
@@ -490,9 +492,7 @@ namespace {
 
 struct StampWork final : Work {
   std::shared_ptr<Stamp> stamp = std::make_shared<Stamp>(0);
-  void run() override {
-    *stamp = std::chrono::steady_clock::now().time_since_epoch().count();
-  }
+  void run() override { *stamp = std::chrono::steady_clock::now().time_since_epoch().count(); }
   std::string name() const override { return "a timed event"; }
 };
 
@@ -577,10 +577,10 @@ double elapsed_ms(Event& start, Event& end) {
     const char* which = event == &start ? "the start event" : "the end event";
     refuse_captured_event(*event, "called elapsed_time of");
     check_event(*event);
-    const char* problem = !event->source         ? "was never recorded"
-                          : !event->timed        ? "was made without enable_timing"
+    const char* problem = !event->source              ? "was never recorded"
+                          : !event->timed             ? "was made without enable_timing"
                           : event->stamp->load() == 0 ? "has not been reached"
-                                                 : nullptr;
+                                                      : nullptr;
     if (problem) {
       fail(ErrorKind::Capability,
            c10::str("Event.elapsed_time: ", which, " ", problem,

@@ -44,7 +44,8 @@ enum class Drain { Lazy, Eager, Random };
 
 // A stream. Never destroyed: torch's streams are plain values, so nobody says when one is dropped.
 struct Queue {
-  Queue(DeviceIndex device, int64_t id, int priority) : device(device), id(id), priority(priority) {}
+  Queue(DeviceIndex device, int64_t id, int priority)
+      : device(device), id(id), priority(priority) {}
 
   const DeviceIndex device;
   const int64_t id;

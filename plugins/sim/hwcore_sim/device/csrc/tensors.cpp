@@ -26,9 +26,9 @@ Tensor make_tensor(IntArrayRef sizes, IntArrayRef strides, c10::ScalarType dtype
                    DeviceIndex device) {
   const DeviceIndex before = exchange_device(device);
   try {
-    auto made =
-        at::detail::empty_strided_generic(sizes, strides, device_allocator(),
-                                          c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), dtype);
+    auto made = at::detail::empty_strided_generic(
+        sizes, strides, device_allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+        dtype);
     set_current_device(before);
     return made;
   } catch (...) {
@@ -211,8 +211,9 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 
 c10::Scalar local_scalar_dense(const Tensor& tensor) {
   Queue* queue = current_queue(tensor.device().index());
-  refuse_while_capturing(queue, "called aten::_local_scalar_dense (item), which reads a value on "
-                                "the host");
+  refuse_while_capturing(queue,
+                         "called aten::_local_scalar_dense (item), which reads a value on "
+                         "the host");
   synchronize(queue, "read a value on the host");
   return alias_on_cpu(tensor).item();
 }
@@ -228,8 +229,8 @@ const Tensor& resize(const Tensor& tensor, IntArrayRef sizes,
   return tensor;
 }
 
-Tensor& set_storage_offset(Tensor& tensor, c10::Storage storage, int64_t offset,
-                           IntArrayRef sizes, IntArrayRef strides) {
+Tensor& set_storage_offset(Tensor& tensor, c10::Storage storage, int64_t offset, IntArrayRef sizes,
+                           IntArrayRef strides) {
   at::native::checkSetStorage(tensor, storage, offset, sizes, strides);
   tensor.unsafeGetTensorImpl()->set_storage_offset(offset);
   set_shape(tensor, sizes, strides);
@@ -285,9 +286,8 @@ void set_shape(const Tensor& tensor, IntArrayRef sizes, IntArrayRef strides) {
   }
   const auto offset = impl->storage_offset();
   const size_t bytes =
-      strides.data()
-          ? at::detail::computeStorageNbytes(sizes, strides, tensor.itemsize(), offset)
-          : at::detail::computeStorageNbytesContiguous(sizes, tensor.itemsize(), offset);
+      strides.data() ? at::detail::computeStorageNbytes(sizes, strides, tensor.itemsize(), offset)
+                     : at::detail::computeStorageNbytesContiguous(sizes, tensor.itemsize(), offset);
   if (c10::multiply_integers(sizes) > 0 && bytes > tensor.storage().nbytes()) {
     at::native::resize_bytes_nocuda(tensor.storage(), bytes);
   }
@@ -315,7 +315,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 // Copies see conjugated and negated tensors as they are: materialising one would copy it first.
-TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
-TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(aten, Negative, m) {
+  m.impl("_copy_from", torch::CppFunction::makeFallthrough());
+}
 
 }  // namespace sim
