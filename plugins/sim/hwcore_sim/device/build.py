@@ -144,9 +144,7 @@ def _build(folder: pathlib.Path) -> None:
                 f"there, for the device is compiled once on each machine. {fix}."
             )
             raise CapabilityError(message)
-    _say(
-        f"building the simulated device, about half a minute, once for torch {torch.__version__} ..."
-    )
+    _say(f"building the simulated device, about 30 s, once for torch {torch.__version__} ...")
     started = time.monotonic()
     temporary = pathlib.Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
     try:
