@@ -19,6 +19,8 @@ from hwcore_sim.device.registration import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from hwcore.types import Stream
+
 __all__ = [
     "drain_policy",
     "get_drain_policy",
@@ -38,7 +40,7 @@ _device_policy: str | None = None
 _stream_policies: dict[tuple[int, int], str] = {}
 
 
-def set_drain_policy(policy: str | None, stream: torch.Stream | None = None) -> None:
+def set_drain_policy(policy: str | None, stream: Stream | None = None) -> None:
     """Say when queued work runs, from now on.
 
     Parameters
@@ -76,7 +78,7 @@ def set_drain_policy(policy: str | None, stream: torch.Stream | None = None) -> 
     _stream_policies[key] = policy
 
 
-def get_drain_policy(stream: torch.Stream | None = None) -> str:
+def get_drain_policy(stream: Stream | None = None) -> str:
     """Return the drain policy of the devices, or the one that a stream follows."""
     if stream is not None:
         key = stream_key("get_drain_policy", stream)
@@ -95,7 +97,7 @@ def native_policy() -> str:
 
 
 @contextlib.contextmanager
-def drain_policy(policy: str, stream: torch.Stream | None = None) -> Iterator[None]:
+def drain_policy(policy: str, stream: Stream | None = None) -> Iterator[None]:
     """Set a drain policy for a while; as :func:`set_drain_policy`, undone at the end."""
     before: str | None = get_drain_policy()
     if stream is not None:
@@ -107,14 +109,14 @@ def drain_policy(policy: str, stream: torch.Stream | None = None) -> Iterator[No
         set_drain_policy(before, stream)
 
 
-def pending(stream: torch.Stream | None = None) -> int:
+def pending(stream: Stream | None = None) -> int:
     """Return how many pieces of work are queued: of one stream, or of all streams and devices."""
     if stream is None:
         return int(native().pending())
     return int(native().stream_pending(*stream_key("pending", stream)))
 
 
-def launch_host_function(fn: Callable[[], Any], stream: torch.Stream | None = None) -> None:
+def launch_host_function(fn: Callable[[], Any], stream: Stream | None = None) -> None:
     """Queue a Python function on a stream (None: the current one), like any device work.
 
     What it raises surfaces at the next synchronisation of the stream.

@@ -13,6 +13,8 @@ from hwcore_sim.device.registration import device_type, native, stream_key
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hwcore.types import Stream
+
 __all__ = [
     "Graph",
     "GraphPool",
@@ -89,7 +91,7 @@ class Graph:
     def capture(
         self,
         fn: Callable[[], T],
-        stream: torch.Stream | None = None,
+        stream: Stream | None = None,
         pool: GraphPool | None = None,
     ) -> T:
         """Record the device work of ``fn()``.

@@ -133,7 +133,7 @@ def device_type() -> str:
     return _name
 
 
-def stream_key(where: str, stream: torch.Stream) -> tuple[int, int]:
+def stream_key(where: str, stream: object) -> tuple[int, int]:
     """Return device index and id of a stream of the simulated device."""
     if not isinstance(stream, torch.Stream) or stream.device.type != device_type():
         expected = f"a stream of the device `{device_type()}`"
