@@ -124,9 +124,6 @@ class Clocks:
         """Order whatever the host does next, on any stream, after a snapshot."""
         for other, epoch in snapshot.items():
             other.host_knows = max(other.host_knows, epoch)
-        for lane in self.lanes.values():
-            if lane.clock:
-                lane.clock = {o: e for o, e in lane.clock.items() if e > o.host_knows}
 
     # --- Events ---
 

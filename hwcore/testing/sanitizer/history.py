@@ -93,7 +93,7 @@ class History:
             ordered = lane.knows(old.lane, old.epoch)
             if not ordered and (write or old.write) and overlap(old.region, region):
                 races.append(old)
-                ordered = write  # it has been reported, and what follows meets the new one
+                ordered = True  # it has been reported, and what follows meets the new one
             if not (ordered and (write or not old.write) and covers(region, old.region)):
                 kept.append(old)
         kept.append(new)

@@ -214,6 +214,21 @@ def test_a_later_write_does_not_hide_an_earlier_race(hw, sanitizer, streams, zer
     del y
 
 
+def test_an_ordered_read_does_not_hide_a_write_from_a_third_stream(hw, sanitizer, streams, zeros):
+    main, side = streams
+    third = hw.create_stream()
+    x = zeros(8)
+    x.add_(1)
+    hw.wait_stream(side, main)
+    with hw.stream_context(side):
+        y = x * 2
+    with hw.stream_context(third):
+        z = x * 3
+    assert kinds(sanitizer) == ["read after write"]
+    hw.synchronize()
+    del y, z
+
+
 def test_waiting_for_an_event_never_recorded_warns(hw, streams):
     _, side = streams
     event = hw.create_event()

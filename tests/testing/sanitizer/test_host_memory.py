@@ -168,6 +168,16 @@ def test_pageable_memory_is_read_before_the_call_returns(hw, sanitizer, separate
     hw.synchronize()
 
 
+def test_handing_pageable_memory_over_does_not_wait_for_the_stream(
+    hw, sanitizer, separate, pinned, copy, zeros
+):
+    x = zeros(8)
+    copy(UP)
+    x.copy_(torch.arange(8.0), non_blocking=True)
+    pinned.fill_(1)
+    assert kinds(sanitizer) == ["host write before copy"]
+
+
 def test_a_result_on_the_host_that_was_not_waited_for(hw, sanitizer, separate, zeros):
     there = zeros(8).to("cpu", non_blocking=True)
     pinned = there.is_pinned()
