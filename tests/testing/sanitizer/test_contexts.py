@@ -148,6 +148,13 @@ def test_grad_modes(hw, sanitizer, streams, written, guard):
     assert kinds(sanitizer) == ["read after write"]
 
 
+def test_a_composite_op_in_inference_mode_runs_once(hw, sanitizer, zeros):
+    x = zeros(4)
+    with torch.inference_mode():
+        x.add_(3).square_()
+    assert x.tolist() == [9, 9, 9, 9]
+
+
 def test_a_compiled_function(hw, sanitizer, streams, written):
     compiled = torch.compile(lambda x: (x * 2).sum(), backend="eager")
     with hw.stream_context(streams[1]):

@@ -144,6 +144,18 @@ def test_the_host_waits_for_the_latest_work_of_each_stream(hw, sanitizer, stream
     del y
 
 
+def test_asking_for_an_event_orders_only_if_it_was_reached(hw, streams, handed_over):
+    main, _ = streams
+    event, answers = hw.create_event(), []
+
+    def edge():
+        hw.record_event(event, main)
+        answers.append(hw.query_event(event))
+
+    found = handed_over(edge)
+    assert found == ([] if answers[0] else ["read after write"])
+
+
 def test_orders_are_passed_on(hw, sanitizer, streams, zeros):
     main, side = streams
     third = hw.create_stream()

@@ -114,6 +114,12 @@ def test_halves_of_a_huge_pool_are_told_apart_at_once():
     assert time.perf_counter() - before < 0.1
 
 
+def test_long_progressions_of_two_strides_are_told_apart_at_once():
+    eights, twelves = ((span_of(o, (10**6,), (s,), 1),) for o, s in ((0, 8), (2, 12)))
+    assert not overlap(eights, twelves)
+    assert overlap(eights, (span_of(4, (10**6,), (12,), 1),))
+
+
 def test_what_takes_too_long_to_decide_counts_as_overlapping(monkeypatch):
     # Exact: no sum of multiples of 10 and 21 plus 1 hits the other's runs in this window.
     a = (span_of(0, (40,), (210,), 1),)
