@@ -9,13 +9,14 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-short test lint wheel bench clean
+.PHONY: demo demo-short test lint conformance support wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   decode a real model plainly and speculatively, write demo/report.md"
 	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
 	@echo "make lint   ruff, mypy --strict, device names"
+	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"
 	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
 	@echo "make bench  run every benchmark"
 
@@ -59,6 +60,17 @@ lint: $(STAMP)
 	@echo "==> ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@echo "==> device names in hwcore/" && $(BIN)/python scripts/check_device_names.py hwcore
 	@echo "==> mypy --strict" && $(BIN)/mypy
+
+conformance: $(STAMP)
+	@mkdir -p build/conformance
+	@for backend in $(BACKENDS); do \
+		$(BIN)/hwcore conformance --backend $$backend --json build/conformance/$$backend.json \
+			|| exit 1; \
+	done
+
+support: conformance
+	@$(BIN)/python scripts/support_matrix.py $(BACKENDS:%=build/conformance/%.json) \
+		-o docs/support.md
 
 # From outside the checkout, so that nothing is found that the wheel does not carry.
 wheel: $(STAMP)
