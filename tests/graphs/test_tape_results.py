@@ -1,6 +1,7 @@
 """What a replay of a tape computes: what eager does, to the bit, into the same addresses."""
 
 import copy
+import functools
 import operator
 
 import pytest
@@ -15,6 +16,16 @@ from torch.utils._pytree import tree_leaves
 from hwcore.errors import CaptureError
 
 from ._tapes import MODES, assert_replays_like_eager, captured
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(hw):
+    """Put every tensor that does not say where on the device of the run."""
+    torch.set_default_device(hw.device())
+    matrix()  # not in a capture, where it would be drawn again by each replay
+    yield
+    torch.set_default_device(None)
+
 
 # --- Results --------------------------------------------------------------------------------
 
@@ -120,7 +131,11 @@ def test_an_input_returned_as_it_is_stays_the_input():
     assert out.tolist() == [1, 1, 1]
 
 
-MATRIX = torch.randn(6, 6)
+@functools.cache
+def matrix():
+    return torch.randn(6, 6)
+
+
 OPS = {
     "add": lambda x: x + 1,
     "mul scalar": lambda x: x * 2.5,
@@ -137,13 +152,13 @@ OPS = {
     "layer_norm": lambda x: F.layer_norm(x, (6,)),
     "rms_norm": lambda x: F.rms_norm(x, (6,)),
     "batch_norm": lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6), training=True),
-    "mm": lambda x: x @ MATRIX,
-    "bmm": lambda x: x.view(2, 3, 6) @ MATRIX,
-    "linear": lambda x: F.linear(x, MATRIX, MATRIX[0]),
-    "linear of a strided batch": lambda x: F.linear(x.view(2, 3, 6).transpose(0, 1), MATRIX),
-    "addmm": lambda x: torch.addmm(x, x, MATRIX),
-    "einsum": lambda x: torch.einsum("ij,kj->ik", x, MATRIX),
-    "conv1d": lambda x: F.conv1d(x[None], MATRIX.view(6, 6, 1)),
+    "mm": lambda x: x @ matrix(),
+    "bmm": lambda x: x.view(2, 3, 6) @ matrix(),
+    "linear": lambda x: F.linear(x, matrix(), matrix()[0]),
+    "linear of a strided batch": lambda x: F.linear(x.view(2, 3, 6).transpose(0, 1), matrix()),
+    "addmm": lambda x: torch.addmm(x, x, matrix()),
+    "einsum": lambda x: torch.einsum("ij,kj->ik", x, matrix()),
+    "conv1d": lambda x: F.conv1d(x[None], matrix().view(6, 6, 1)),
     "sum": lambda x: x.sum(-1),
     "mean": lambda x: x.mean((0, 1), keepdim=True),
     "max": lambda x: x.max(-1),
@@ -158,7 +173,7 @@ OPS = {
     "gather": lambda x: x.gather(1, x.argsort(-1)),
     "index_select": lambda x: x.index_select(0, x[0].argsort()),
     "integer index": lambda x: x[x[0].argsort(), 1],
-    "embedding": lambda x: F.embedding(x[0].argsort(), MATRIX),
+    "embedding": lambda x: F.embedding(x[0].argsort(), matrix()),
     "scatter": lambda x: x.scatter(1, x.argsort(-1), 1.0),
     "masked_fill": lambda x: x.masked_fill(x > 0, 3),
     "tril": torch.tril,
@@ -175,7 +190,7 @@ OPS = {
     "repeat_interleave": lambda x: torch.repeat_interleave(
         x, torch.full((6,), 2), 0, output_size=12
     ),
-    "lengths": lambda x: torch.searchsorted(MATRIX[0].sort().values, x),
+    "lengths": lambda x: torch.searchsorted(matrix()[0].sort().values, x),
     "tensor of a tensor": lambda x: torch.asarray(x[0]) + torch.as_tensor(x),
     "new_zeros": lambda x: x.new_zeros(2) + x[0, 0],
     "bool mask filled with a value": lambda x: operator.setitem(y := x + 0, x > 0, 0.0) or y,
@@ -299,7 +314,7 @@ def ops_of_a_replay(tape):
 
 
 def test_a_result_in_host_memory_is_written_in_place_where_the_op_can():
-    x = torch.randn(2, 3)
+    x = torch.randn(2, 3, device="cpu")
     assert ops_of_a_replay(captured(lambda: x + 1)[0]) == ["aten.add.out"]
     assert ops_of_a_replay(captured(lambda: x.max(-1))[0]) == ["aten.max.dim_max"]
 
@@ -316,12 +331,13 @@ def test_on_a_device_the_captured_op_itself_is_repeated():
     assert seen == ["aten.add.Tensor", "aten.copy_.default"]
 
 
-def test_an_op_without_results_is_repeated():
+def test_an_op_without_results_is_repeated(hw):
     fine = torch.tensor(True)
     tape, _ = captured(lambda: torch._assert_async(fine, "not fine"))
     fine.fill_(False)
-    with pytest.raises(RuntimeError, match="not fine"):
+    with pytest.raises(RuntimeError, match="not fine"):  # noqa: PT012 - a device says it later
         tape.replay()
+        hw.synchronize()
 
 
 def test_a_profiler_range_is_not_repeated():
