@@ -10,6 +10,7 @@ __all__ = [
     "ConformanceError",
     "NothingSelectedError",
     "PytestMissingError",
+    "SanitizerOnError",
     "require_pytest",
 ]
 
@@ -34,6 +35,10 @@ class PytestMissingError(HwcoreError, ImportError):
 
 class NothingSelectedError(ArgumentValueError):
     """An expression that chooses tests is malformed, or matches none."""
+
+
+class SanitizerOnError(HwcoreError, RuntimeError):
+    """The race sanitizer is on, which would report what the kit does past the hooks."""
 
 
 def require_pytest() -> None:

@@ -19,8 +19,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
-from hwcore.probing import Lines, child_environment, kill, last_words, status_text
+from hwcore.probing import Lines, kill, last_words, status_text
 from hwcore.testing.conformance.report import BackendFacts, Report, Result, build, refusal
+from hwcore.testing.conformance.subject import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -140,7 +141,7 @@ def _run_child(options: dict[str, Any], state: _State, on_result: Callable[[Resu
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=noise,
-            env=child_environment(),
+            env=environment(),
             start_new_session=True,
         )
         try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import TYPE_CHECKING
 
-from hwcore import discovery
+from hwcore import _env, discovery
 from hwcore.errors import ArgumentTypeError, PluginLoadError, describe
+from hwcore.probing import child_environment
+from hwcore.testing.conformance.errors import SanitizerOnError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -15,10 +18,17 @@ if TYPE_CHECKING:
     from hwcore.testing.conformance.kit import Kit
     from hwcore.testing.conformance.raw import RawAccess
 
-__all__ = ["RAW_GROUP", "find_raw", "open_kit"]
+__all__ = ["RAW_GROUP", "environment", "find_raw", "open_kit"]
 
 RAW_GROUP = "hwcore.conformance"
 """Entry points: the backend's name, and ``module:RawAccess`` of the same distribution."""
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a child process: this one's, with the race sanitizer off."""
+    variables = child_environment()
+    variables.pop(_env.SANITIZE, None)
+    return variables
 
 
 @contextlib.contextmanager
@@ -37,6 +47,8 @@ def open_kit(
         If no such backend is installed, or this machine cannot run it.
     PluginError
         If it breaks the contract while it is activated.
+    SanitizerOnError
+        If the race sanitizer is on: the kit orders and reads past the hooks on purpose.
     """
     if isinstance(backend, str):
         from hwcore.activation import load_backend
@@ -50,6 +62,7 @@ def open_kit(
         fix = "Name an installed backend, or pass hwcore.Backend(plugin)"
         expected = "a backend's name or a Backend"
         raise ArgumentTypeError(describe("conformance", "`backend`", backend, expected, fix))
+    _refuse_sanitizer()
     # Device hooks are checked at the first call of one; here, so that a wrong answer is one error
     # and not one in every test.
     backend.current_stream()
@@ -58,6 +71,16 @@ def open_kit(
         yield kit
     finally:
         kit.close()
+
+
+def _refuse_sanitizer() -> None:
+    sanitizer = sys.modules.get("hwcore.testing.sanitizer.sanitizer")
+    if sanitizer is not None and sanitizer.active_tracker() is not None:
+        message = (
+            "conformance: the race sanitizer is on; expected it to be off, for the kit orders and "
+            f"reads past the hooks, which it would report. Leave it first, or unset {_env.SANITIZE}."
+        )
+        raise SanitizerOnError(message)
 
 
 def find_raw(name: str, value: str | None = None) -> RawAccess:

@@ -320,6 +320,11 @@ def test_the_callers_pytest_options_do_not_matter(site):
     assert (status, report.error) == (0, None)
 
 
+def test_the_race_sanitizer_of_the_caller_is_off_in_the_run(site):
+    status, report = conformance(site, "cpu", "-k", "wait_stream", HWCORE_SANITIZE="1")
+    assert (status, report.failures) == (0, [])
+
+
 def test_the_command_imports_neither_torch_nor_pytest_itself(site):
     code = """
         import sys

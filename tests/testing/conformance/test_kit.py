@@ -14,10 +14,11 @@ from hwcore.cpu import CpuPlugin
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, PluginLoadError
 from hwcore.testing.conformance import RawAccess, conforms, run
 from hwcore.testing.conformance.deadline import DeadlineError, within
-from hwcore.testing.conformance.errors import ConformanceError
+from hwcore.testing.conformance.errors import ConformanceError, SanitizerOnError
 from hwcore.testing.conformance.kit import Kit
 from hwcore.testing.conformance.operations import OPERATIONS, leaves, mapped
 from hwcore.testing.conformance.subject import find_raw, open_kit
+from hwcore.testing.sanitizer import Sanitizer
 
 
 @pytest.fixture
@@ -195,6 +196,12 @@ def test_the_backend_is_plain_again_when_the_kit_is_closed():
 def test_a_subject_that_is_no_backend_is_refused():
     with pytest.raises(ArgumentTypeError, match=r"`backend` got 3 \(int\); expected a backend's"):
         run(3)
+
+
+def test_a_race_sanitizer_that_is_on_is_refused():
+    backend = hwcore.Backend(CpuPlugin())
+    with Sanitizer(backend), pytest.raises(SanitizerOnError, match="or unset HWCORE_SANITIZE"):
+        run(backend)
 
 
 def test_raw_access_of_another_kind_is_refused():

@@ -9,8 +9,9 @@ import tempfile
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from hwcore.probing import child_environment, kill, status_text
+from hwcore.probing import kill, status_text
 from hwcore.testing.conformance.kit import conforms
+from hwcore.testing.conformance.subject import environment
 
 if TYPE_CHECKING:
     from hwcore.testing.conformance.kit import Kit
@@ -100,7 +101,7 @@ def _run(kit: Kit, body: str) -> dict[str, Any]:
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(
                 [sys.executable, "-c", code],
-                env=child_environment(),
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
