@@ -131,8 +131,9 @@ class Kit:
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The devices to try: the first, and where several are listed a second."""
-        return (0, 1) if self.lists("multi_device") else (0,)
+        """The devices to try: the first, and a second where it is listed and there."""
+        several = self.lists("multi_device") and self.hw.device_count() > 1
+        return (0, 1) if several else (0,)
 
     # --- What a backend says of itself ---
 
@@ -221,6 +222,8 @@ class Kit:
         self._trace.called.clear()
 
         def settled() -> None:
+            if "multi_device" in features and len(self.indices) == 1:
+                self.skip("multi_device", "there is one device; the test of device_count says so")
             body()
             self.raw.settle()
 

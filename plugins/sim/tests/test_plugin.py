@@ -45,6 +45,18 @@ def test_importing_the_plugin_imports_no_torch():
     assert python(code) == "False"
 
 
+@pytest.mark.parametrize(
+    ("count", "several"), [("1", False), ("01", False), ("2", True), ("", True), ("two", True)]
+)
+def test_several_devices_are_listed_where_the_variable_says_so(count, several):
+    code = """if True:
+        import sys
+        from hwcore_sim.plugin import SimPlugin
+        print("multi_device" in SimPlugin().backend_info().capabilities, "torch" in sys.modules)
+    """
+    assert python(code, HWCORE_SIM_DEVICES=count) == f"{several} False"
+
+
 def test_without_a_compiler_it_says_what_to_install(tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
     code = "import hwcore; hwcore.use('sim')"

@@ -225,6 +225,21 @@ def test_a_capability_that_the_cpu_lacks_is_found_out():
         assert any(feature in m for f in report.failures for m in f.messages), feature
 
 
+def test_one_device_that_is_claimed_to_be_several_fails_that_claim_alone():
+    class Boasts(CpuPlugin):
+        @hwcore.hookimpl
+        def backend_info(self):
+            info = CpuPlugin.backend_info(self)
+            return type(info)(**{**vars(info), "capabilities": info.capabilities | {"multi_device"}})
+
+    report = run(lambda: hwcore.Backend(Boasts()))
+    assert [(failure.hook, len(failure.tests)) for failure in report.failures] == [
+        ("device_count", 1)
+    ]
+    (skipped,) = (f.tests for f in report.features_skipped if f.name == "multi_device")
+    assert "identity::test_set_device_makes_the_device_current" in skipped
+
+
 # --- Operations -----------------------------------------------------------------------------------
 
 
