@@ -5,6 +5,7 @@ The tables were found by running every way to read a tensor under both of torch'
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
 import sys
@@ -22,6 +23,7 @@ aten = torch.ops.aten
 _TORCH, _HERE, _STANDARD_LIBRARY = (
     os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__, os.__file__)
 )
+_SANITIZER = os.path.join(os.path.dirname(os.path.dirname(_HERE)), "testing", "sanitizer", "")
 _FIX = (
     "Keep the value on the device (torch.where instead of a branch, nonzero_static or another "
     "fixed shape, an *_ex variant of torch.linalg), or read it before the capture or after a replay"
@@ -29,7 +31,7 @@ _FIX = (
 
 # Reads that never reach the dispatcher for host memory, or not from inside a constructor.
 _READING_FUNCTIONS = {
-    getattr(torch.Tensor, name)
+    inspect.unwrap(getattr(torch.Tensor, name))
     for name in (
         *("__array__", "__dlpack__", "__format__", "__repr__", "item", "numpy", "tolist"),
         *("__bool__", "__complex__", "__float__", "__index__", "__int__", "is_nonzero"),
@@ -64,12 +66,14 @@ class HostReads(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         values = (*args, *(kwargs or {}).values())
+        plain = inspect.unwrap(func)  # another tool, such as a sanitizer, may have wrapped it
         if (
-            func in _READING_FUNCTIONS
+            plain in _READING_FUNCTIONS
             or (func in _CONSTRUCTORS and any(_holds_tensors(v) for v in values))
             or (func in _TENSOR_SPLIT and any(isinstance(v, torch.Tensor) for v in values[1:]))
         ):
-            _refuse(f"the host read {resolve_name(func)}", _FIX)
+            name = resolve_name(plain) or f"torch.Tensor.{plain.__name__}"
+            _refuse(f"the host read {name}", _FIX)
         return func(*args, **(kwargs or {}))
 
 
@@ -142,7 +146,7 @@ def _refuse(what: str, fix: str) -> NoReturn:
 
 
 def _is_user_code(file: str) -> bool:
-    if file.startswith((_TORCH, _HERE, "<frozen")):
+    if file.startswith((_TORCH, _HERE, _SANITIZER, "<frozen")):
         return False
     # Installed packages may lie below the standard library.
     return not file.startswith(_STANDARD_LIBRARY) or "site-packages" in file

@@ -67,7 +67,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leav
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if types:
+        plain = torch._C._disabled_torch_dispatch_impl
+        if any(cls.__torch_dispatch__ is not plain for cls in types):
             return NotImplemented  # a tensor subclass: the plain calls it makes come here again
         with self:
             # In inference mode composite ops arrive whole, the reads inside them unseen.

@@ -285,3 +285,24 @@ def test_an_error_in_a_replay_propagates_and_leaves_the_tape_usable():
     index.fill_(2)
     assert tape.replay() is out
     assert out.tolist() == [2]
+
+
+# --- What autograd does around a call ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+def test_calls_whose_result_autograd_keeps_may_be_captured(grad):
+    weight = nn.Parameter(torch.tensor([-1.0, 2.0]))
+    tape, out = captured(lambda: weight.relu().exp().detach(), grad)
+    with torch.no_grad():
+        weight.neg_()
+    tape.replay()
+    assert torch.equal(out, weight.detach().relu().exp())
+
+
+def test_a_view_as_another_dtype_may_be_captured(mode):
+    data = torch.zeros(8, dtype=torch.uint8)
+    tape, out = captured(lambda: data.view(torch.float32) + 1, mode)
+    data.copy_(torch.tensor([2.0, 3.0]).view(torch.uint8))
+    tape.replay()
+    assert out.tolist() == [3, 4]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hwcore.testing.sanitizer.operations import enter_call, enter_host_read
 from hwcore.testing.sanitizer.schemas import op_of
+from hwcore.testing.sanitizer.tracker import overrides_dispatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves i
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if types:
+        if any(overrides_dispatch(cls) for cls in types):
             # A subclass makes plain calls, which come here again; but where torch traces, its own
             # mode must get the call, and nothing has memory.
             return func(*args, **kwargs) if _is_tracing() else NotImplemented

@@ -31,7 +31,16 @@ if TYPE_CHECKING:
     from hwcore.testing.sanitizer.reports import Kind
     from hwcore.testing.sanitizer.stacks import Stack
 
-__all__ = ["DEVICE", "HOST", "NOWHERE", "Call", "Captured", "OnRace", "Tracker"]
+__all__ = [
+    "DEVICE",
+    "HOST",
+    "NOWHERE",
+    "Call",
+    "Captured",
+    "OnRace",
+    "Tracker",
+    "overrides_dispatch",
+]
 
 OnRace = Literal["raise", "warn", "collect"]
 
@@ -52,6 +61,11 @@ Captured = dict[tuple[History, "Region", bool], Record]
 
 UNSEEN = Call("", ())
 """What made a tensor that was there before the sanitizer looked."""
+
+
+def overrides_dispatch(cls: type[torch.Tensor]) -> bool:
+    """Say whether a class of tensors handles torch calls itself; autograd names plain ones too."""
+    return cls.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 class _Thread(threading.local):
@@ -116,8 +130,7 @@ class Tracker:
         """Return :data:`DEVICE`, :data:`HOST` or :data:`NOWHERE`."""
         plain = self._plain_types.get(type(tensor))
         if plain is None:
-            handler = type(tensor).__torch_dispatch__
-            plain = handler is torch._C._disabled_torch_dispatch_impl
+            plain = not overrides_dispatch(type(tensor))
             self._plain_types[type(tensor)] = plain
         if not plain:
             return NOWHERE  # a subclass: the plain tensors that it holds are seen by themselves

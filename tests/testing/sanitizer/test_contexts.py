@@ -10,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hwcore.errors import CaptureError
+from hwcore.graphs.tape import Tape
 from hwcore.testing.sanitizer import RaceError, Sanitizer
 
 TIMEOUT_S = 30
@@ -139,6 +141,55 @@ def test_backward_is_watched(hw, sanitizer, streams, zeros):
         weight.grad.add_(1)
     assert kinds(sanitizer) == ["write after write"]
     hw.synchronize()
+
+
+def test_training_is_no_race(hw, sanitizer):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        *(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.nn.Softmax(1)
+    ).to(hw.device())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    inputs = torch.rand(16, 4).to(hw.device())
+    labels = (inputs.argmax(1) % 3).to(hw.device())
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = -model(inputs).gather(1, labels[:, None]).log().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert kinds(sanitizer) == []
+
+
+@pytest.mark.parametrize("op", ["relu", "exp", "sigmoid", "softmax"])
+def test_calls_whose_result_autograd_keeps(hw, sanitizer, streams, zeros, op):
+    weight = zeros(4).requires_grad_()
+    with torch.no_grad():
+        weight.fill_(1)
+    with hw.stream_context(streams[1]):
+        kept = torch.softmax(weight, 0) if op == "softmax" else getattr(torch, op)(weight)
+    assert kinds(sanitizer) == ["read after write"]
+    hw.synchronize()
+    del kept
+
+
+def test_a_view_as_another_dtype(hw, sanitizer, streams, zeros):
+    data = zeros(8, dtype=torch.uint8)
+    data.add_(1)
+    with hw.stream_context(streams[1]):
+        numbers = data.view(torch.float32)
+        assert kinds(sanitizer) == []
+        numbers.mul_(2)
+    assert kinds(sanitizer) == ["write after write"]
+    hw.synchronize()
+
+
+@pytest.mark.parametrize("read", ["tolist", "numpy"])
+def test_a_tape_still_refuses_host_reads(sanitizer, read):
+    x = torch.zeros(3)
+    with pytest.raises(CaptureError, match=f"the host read torch.Tensor.{read} at .*test_contexts"):
+        Tape().capture(lambda: getattr(x, read)())
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
