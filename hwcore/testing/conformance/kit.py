@@ -13,21 +13,21 @@ import torch
 from hwcore.errors import ArgumentValueError, PluginError, describe
 from hwcore.testing.conformance.deadline import DeadlineError, within
 from hwcore.testing.conformance.errors import ConformanceError
+from hwcore.testing.conformance.late import LateWrite
 from hwcore.testing.conformance.trace import Trace, hook_that_raised
 from hwcore.types import Capability, Quirk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hwcore.backend import Backend
     from hwcore.testing.conformance.raw import RawAccess
     from hwcore.types import Stream
 
-__all__ = ["Kit", "LateWrite", "TestNotes", "conforms"]
+__all__ = ["Kit", "TestNotes", "conforms"]
 
 _F = TypeVar("_F", bound="Callable[..., None]")
 _T = TypeVar("_T")
-_WRITTEN = 7.0
 _SHOWN = 16  # elements
 
 
@@ -135,6 +135,19 @@ class Kit:
         several = self.lists("multi_device") and self.hw.device_count() > 1
         return (0, 1) if several else (0,)
 
+    def each_device(self) -> Iterator[torch.device]:
+        """Yield each device to try while it is current; torch alone makes it so, and no hook."""
+        before = None if self.device.type == "cpu" else torch.accelerator.current_device_index()
+        try:
+            for index in self.indices:
+                device = self.hw.device(index)
+                if before is not None:
+                    torch.accelerator.set_device_index(index)
+                yield device
+        finally:
+            if before is not None:
+                torch.accelerator.set_device_index(before)
+
     # --- What a backend says of itself ---
 
     def lists(self, feature: str) -> bool:
@@ -161,9 +174,14 @@ class Kit:
         """Return a new stream on device 0."""
         return self.hw.create_stream(self.device)
 
-    def tensor(self, value: object, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return a tensor on device 0 that has its value already."""
-        made = torch.tensor(value, dtype=dtype).to(self.device)
+    def tensor(
+        self,
+        value: object,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
+        """Return a tensor, on device 0 or the one given, that has its value already."""
+        made = torch.tensor(value, dtype=dtype).to(device or self.device)
         self.raw.settle()
         return made
 
@@ -255,29 +273,6 @@ class Kit:
         self.avoid(hook, name)
         self.notes.hung = True
         return ConformanceError(hang_message(hook, limit_s), hook)
-
-
-class LateWrite:
-    """A write behind slow work in a stream, and whether it has happened.
-
-    On a device whose streams are asynchronous it has not for about a tenth of a second, or until
-    the stream is waited for.
-    """
-
-    def __init__(self, kit: Kit, stream: Stream) -> None:
-        self.stream = stream
-        self._kit = kit
-        self._source = kit.tensor([_WRITTEN] * 4)
-        self._target = kit.raw.observable(self._source)
-        kit.raw.settle()
-        with kit.raw.on(stream):
-            kit.raw.stall(stream)
-            self._target.copy_(self._source, non_blocking=True)
-
-    @property
-    def happened(self) -> bool:
-        """Whether the write is in memory now."""
-        return bool((self._kit.raw.peek(self._target) == _WRITTEN).all())
 
 
 def hang_message(hook: str, limit_s: float) -> str:

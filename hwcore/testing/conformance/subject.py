@@ -78,7 +78,8 @@ def _refuse_sanitizer() -> None:
     if sanitizer is not None and sanitizer.active_tracker() is not None:
         message = (
             "conformance: the race sanitizer is on; expected it to be off, for the kit orders and "
-            f"reads past the hooks, which it would report. Leave it first, or unset {_env.SANITIZE}."
+            "reads past the hooks, which it would report. Leave it first, or unset "
+            f"{_env.SANITIZE}."
         )
         raise SanitizerOnError(message)
 

@@ -20,6 +20,7 @@ from hwcore.testing.conformance.groups.ordering import Ordering
 from hwcore.testing.conformance.groups.processes import Processes
 from hwcore.testing.conformance.groups.random_numbers import RandomNumbers
 from hwcore.testing.conformance.groups.streams import Streams
+from hwcore.testing.conformance.groups.waiting import Waiting
 from hwcore.testing.conformance.subject import open_kit
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ GROUPS = (
     Identity,
     Memory,
     Streams,
+    Waiting,
     Ordering,
     HostMemory,
     Graphs,

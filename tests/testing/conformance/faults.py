@@ -282,6 +282,35 @@ class SynchronizesNothingForNone(SimPlugin):
             torch.accelerator.synchronize(device)
 
 
+@fault("synchronize")
+class SynchronizesTheCurrentDevice(SimPlugin):
+    @implements
+    def synchronize(self, device=None):
+        torch.accelerator.synchronize()
+
+
+@fault("device_string")
+class DeviceStringOfDeviceZero(SimPlugin):
+    @implements
+    def device_string(self, index=None):
+        return f"{self.backend_info().device_type}:{index or 0}"
+
+
+@fault("memory_info")
+class MemoryOfDeviceZeroForNone(SimPlugin):
+    @implements
+    def memory_info(self, index=None):
+        free, total = torch.accelerator.get_memory_info(index or 0)
+        return MemoryInfo(free_bytes=free, total_bytes=total)
+
+
+@fault("generator")
+class GeneratorOfDeviceZeroForNone(SimPlugin):
+    @implements
+    def generator(self, index=None):
+        return torch.Generator(f"{self.backend_info().device_type}:{index or 0}")
+
+
 # --- Streams and events ---------------------------------------------------------------------------
 
 
@@ -301,6 +330,14 @@ class StreamOnDeviceZero(SimPlugin):
         return torch.Stream(f"{self.backend_info().device_type}:0")
 
 
+@fault("create_stream")
+class StreamOnDeviceZeroForNone(SimPlugin):
+    @implements
+    def create_stream(self, device=None, priority=0):
+        device = device or torch.device(self.backend_info().device_type, 0)
+        return torch.Stream(device, priority=priority)
+
+
 class StreamThatKnowsItsPriority(torch.Stream):
     priority = 0
 
@@ -311,6 +348,23 @@ class PriorityForgotten(SimPlugin):
     def create_stream(self, device=None, priority=0):
         device = torch.device(self.backend_info().device_type) if device is None else device
         return StreamThatKnowsItsPriority(device)
+
+
+class EventOfDeviceZero(torch.Event):
+    """As of drivers whose events belong to a device: torch's own takes the first stream's."""
+
+    def record(self, stream=None):
+        if stream is not None and stream.device.index != 0:
+            message = "the event is of device 0"
+            raise RuntimeError(message)
+        super().record(stream)
+
+
+@fault("create_event")
+class EventOnDeviceZero(SimPlugin):
+    @implements
+    def create_event(self, device=None, enable_timing=False, blocking=False):
+        return EventOfDeviceZero(device, enable_timing=enable_timing, blocking=blocking)
 
 
 @fault("create_event")
@@ -347,6 +401,13 @@ class BlockingEventSpinsForever(SimPlugin):
     def create_event(self, device=None, enable_timing=False, blocking=False):
         kind = EventThatSpins if blocking else torch.Event
         return kind(device, enable_timing=enable_timing)
+
+
+@fault("current_stream")
+class CurrentStreamIgnoresTheDevice(SimPlugin):
+    @implements
+    def current_stream(self, device=None):
+        return torch.accelerator.current_stream()
 
 
 @fault("current_stream")
@@ -395,6 +456,23 @@ class ContextKeepsTheDevice(SimPlugin):
         with stream:
             torch.accelerator.set_device_index(before)
             yield stream
+
+
+@fault("stream_context")
+class ContextLeaksIntoOtherThreads(SimPlugin):
+    @implements
+    @contextlib.contextmanager
+    def stream_context(self, stream):
+        entered = self.__dict__.setdefault("entered", [])
+        entered.append(stream)
+        with stream:
+            yield stream
+        entered.pop()
+
+    @implements
+    def current_stream(self, device=None):
+        here, entered = torch.accelerator.current_stream(device), self.__dict__.get("entered")
+        return entered[-1] if entered and not here.stream_id else here
 
 
 @fault("stream_context")
@@ -452,6 +530,31 @@ class WaitEventBlocksTheHost(SimPlugin):
         event.synchronize()
 
 
+@fault("wait_event")
+class WaitEventDroppedAcrossDevices(SimPlugin):
+    @implements
+    def wait_event(self, event, stream=None):
+        stream = stream or torch.accelerator.current_stream()
+        if event.device == stream.device:
+            event.wait(stream)
+
+
+@fault("wait_event")
+class WaitEventMovedByALaterRecord(SimPlugin):
+    @implements
+    def wait_event(self, event, stream=None):
+        stream = stream or torch.accelerator.current_stream()
+        event.wait(stream)
+        waits = self.__dict__.setdefault("waits", weakref.WeakKeyDictionary())
+        waits.setdefault(event, []).append(stream)
+
+    @implements
+    def record_event(self, event, stream=None):
+        event.record(stream)
+        for waiter in self.__dict__.get("waits", {}).get(event, []):
+            event.wait(waiter)
+
+
 @fault("wait_stream")
 class WaitStreamDoesNothing(SimPlugin):
     @implements
@@ -502,6 +605,18 @@ class QueryAlwaysFalse(SimPlugin):
 
 
 @fault("query_event")
+class QueryStaysTrue(SimPlugin):
+    """Once reached, reached for ever, though it was recorded again."""
+
+    @implements
+    def query_event(self, event):
+        reached = self.__dict__.setdefault("reached", weakref.WeakSet())
+        if event not in reached and event.query():
+            reached.add(event)
+        return event in reached
+
+
+@fault("query_event")
 class QueryWaits(SimPlugin):
     @implements
     def query_event(self, event):
@@ -514,6 +629,14 @@ class RecordStreamDoesNothing(SimPlugin):
     @implements
     def record_stream(self, tensor, stream):
         pass
+
+
+@fault("record_stream")
+class RecordStreamDoesNothingForViews(SimPlugin):
+    @implements
+    def record_stream(self, tensor, stream):
+        if tensor._base is None:
+            tensor.record_stream(stream)
 
 
 @fault("record_stream")
@@ -551,6 +674,15 @@ class CompilerOffWithoutReasonForSome(SimPlugin):
     @implements
     def compile_policy(self, request):
         return CompilePolicy(enabled=False, reason="" if request.name == "gather" else "off")
+
+
+@fault("compile_policy")
+class CompilePolicyRefusesAMode(SimPlugin):
+    @implements
+    def compile_policy(self, request):
+        if request.mode not in (None, "default", "max-autotune"):
+            raise ValueError(request.mode)
+        return CompilePolicy(enabled=False, reason="off")
 
 
 @fault("needs_cpu_fallback")
@@ -683,6 +815,37 @@ class PinCopiesWhatIsPinned(SimPlugin):
         return tensor.clone().pin_memory()
 
 
+@fault("pin_memory")
+class PinAliasesItsSource(SimPlugin):
+    @implements
+    def pin_memory(self, tensor):
+        if tensor.is_pinned():
+            return tensor
+        pinned = tensor.pin_memory()
+        tensor.set_(pinned)
+        return pinned
+
+
+@fault("pin_memory")
+class PinRefusesEmptyTensors(SimPlugin):
+    @implements
+    def pin_memory(self, tensor):
+        if tensor.numel() == 0:
+            message = "cannot pin 0 bytes"
+            raise RuntimeError(message)
+        return tensor.pin_memory()
+
+
+@fault("pin_memory")
+class PinRefusesStrides(SimPlugin):
+    @implements
+    def pin_memory(self, tensor):
+        if not tensor.is_contiguous():
+            message = "cannot pin strided memory"
+            raise RuntimeError(message)
+        return tensor.pin_memory()
+
+
 @fault("host_memory_policy")
 class PinnedBlockReusedBeforeTheCopy(SimPlugin):
     """A pinned pool that hands its block out again as soon as the last tensor on it is gone."""
@@ -765,6 +928,22 @@ class CaptureIgnoresTheStream(SimPlugin):
 
 
 @fault("graph_capture")
+class CaptureNeedsAStream(SimPlugin):
+    @implements
+    def graph_capture(self, graph, fn, pool=None, stream=None):
+        with stream:
+            return graph.capture(fn, pool=pool, stream=stream)
+
+
+@fault("graph_capture")
+class CaptureTurnsTuplesIntoLists(SimPlugin):
+    @implements
+    def graph_capture(self, graph, fn, pool=None, stream=None):
+        outputs = graph.capture(fn, pool=pool, stream=stream)
+        return list(outputs) if isinstance(outputs, tuple) else outputs
+
+
+@fault("graph_capture")
 class CaptureLeavesTheStreamAfterAnException(SimPlugin):
     @implements
     def graph_capture(self, graph, fn, pool=None, stream=None):
@@ -788,6 +967,23 @@ class NeverCapturing(SimPlugin):
     @implements
     def is_capturing(self):
         return False
+
+
+@fault("is_capturing")
+class CapturingInEveryThread(SimPlugin):
+    capturing = False
+
+    @implements
+    def graph_capture(self, graph, fn, pool=None, stream=None):
+        self.capturing = True
+        try:
+            return graph.capture(fn, pool=pool, stream=stream)
+        finally:
+            self.capturing = False
+
+    @implements
+    def is_capturing(self):
+        return self.capturing
 
 
 @fault("is_capturing")
@@ -843,6 +1039,28 @@ class ReplayOnAnotherStream(SimPlugin):
     def graph_replay(self, graph, buffers=None, batch=None):
         with torch.Stream(self.backend_info().device_type):
             graph.replay()
+
+
+@fault("graph_replay")
+class ReplayOnTheStreamOfCapture(SimPlugin):
+    @implements
+    def graph_capture(self, graph, fn, pool=None, stream=None):
+        stream = stream or torch.Stream(self.backend_info().device_type)
+        self.__dict__.setdefault("streams", {})[id(graph)] = stream
+        return graph.capture(fn, pool=pool, stream=stream)
+
+    @implements
+    def graph_replay(self, graph, buffers=None, batch=None):
+        with self.streams[id(graph)]:
+            graph.replay()
+
+
+@fault("graph_replay")
+class ReplayBlocksTheHost(SimPlugin):
+    @implements
+    def graph_replay(self, graph, buffers=None, batch=None):
+        graph.replay()
+        torch.accelerator.synchronize()
 
 
 @fault("graph_replay")
@@ -925,7 +1143,7 @@ class CapturesWithTheTape(SimPlugin):
 
     @implements
     def graph_capture(self, graph, fn, pool=None, stream=None):
-        with stream:
+        with stream or contextlib.nullcontext():
             return graph.capture(fn)
 
     @implements

@@ -230,7 +230,9 @@ def test_one_device_that_is_claimed_to_be_several_fails_that_claim_alone():
         @hwcore.hookimpl
         def backend_info(self):
             info = CpuPlugin.backend_info(self)
-            return type(info)(**{**vars(info), "capabilities": info.capabilities | {"multi_device"}})
+            return type(info)(
+                **{**vars(info), "capabilities": info.capabilities | {"multi_device"}}
+            )
 
     report = run(lambda: hwcore.Backend(Boasts()))
     assert [(failure.hook, len(failure.tests)) for failure in report.failures] == [

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from hwcore.testing.conformance.kit import Kit
 
 
+_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
 class Compilation:
     @conforms("compile_policy")
     def test_the_same_request_gets_the_same_policy(self, kit: Kit) -> None:
@@ -28,6 +31,13 @@ class Compilation:
             policy = kit.hw.compile_policy(CompileRequest(name))
             said = policy.enabled or bool(policy.reason.strip())
             kit.that(said, f"for `{name}`", policy, "a reason where it is off", "Say why")
+
+    @conforms("compile_policy")
+    def test_every_request_that_torch_takes_gets_a_policy(self, kit: Kit) -> None:
+        for mode in _MODES:
+            for dynamic in (None, True, False):
+                for fullgraph in (True, False):
+                    kit.hw.compile_policy(CompileRequest("model", dynamic, fullgraph, mode))
 
     @conforms("compile_policy", patience=4)
     def test_a_wrapped_function_gives_the_eager_result_whatever_the_policy(self, kit: Kit) -> None:

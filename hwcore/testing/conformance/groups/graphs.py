@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hwcore.testing.conformance.kit import conforms
+from hwcore.testing.conformance.late import host_goes_on
 from hwcore.types import ReplayBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hwcore.testing.conformance.kit import Kit
+    from hwcore.testing.conformance.late import LateWrite
     from hwcore.types import Stream
 
 _MANY_GRAPHS = 24
@@ -61,6 +63,28 @@ class Graphs:
         kit.same("the current stream of fn", seen[0], stream, "the stream given", fix)
         after = kit.hw.current_stream()
         kit.same("the current stream after it", after, before, "the one from before", fix)
+
+    @conforms("graph_capture", needs="graphs")
+    def test_capture_needs_no_stream(self, kit: Kit) -> None:
+        before, x = kit.hw.current_stream(), kit.tensor([1.0])
+        graph = kit.hw.create_graph()
+        out = kit.hw.graph_capture(graph, lambda: x + 1)
+        kit.raw.settle()
+        after = kit.hw.current_stream()
+        fix = "Take a side stream of your own where none is given"
+        kit.same("the current stream after it", after, before, "the one from before", fix)
+        x.fill_(5.0)
+        kit.hw.graph_replay(graph)
+        kit.same("a replay's result", kit.raw.read(out), torch.tensor([6.0]), "its value", fix)
+
+    @conforms("graph_capture", needs="graphs")
+    def test_capture_returns_what_the_function_returned(self, kit: Kit) -> None:
+        x = kit.tensor([1.0])
+        _, outputs = _capture(kit, lambda: (x + 1, [x * 2, None], {"a": (x * 3,)}, 5, "text"))
+        fix = "Return the outputs of fn as they are"
+        got = _structure(outputs)
+        expected = "(Tensor, [Tensor, None], {'a': (Tensor,)}, 5, 'text')"
+        kit.same("the form of the outputs", got, expected, "as fn returned them", fix)
 
     @conforms("graph_capture", needs="graphs")
     def test_an_exception_of_the_function_leaves_stream_and_graph_as_before(self, kit: Kit) -> None:
@@ -119,6 +143,22 @@ class Graphs:
         kit.that(seen == [True], "within a capture", seen, "[True]", fix)
         got = kit.hw.is_capturing()
         kit.that(not got, "after a capture", got, "False", fix)
+
+    @conforms("is_capturing", needs="graphs")
+    def test_is_capturing_is_about_the_calling_thread(self, kit: Kit) -> None:
+        x, idle, seen = kit.tensor([1.0]), kit.stream(), []
+
+        def ask() -> bool:
+            with kit.raw.on(idle):
+                return kit.hw.is_capturing()
+
+        def step() -> torch.Tensor:
+            seen.append(kit.in_thread(ask))
+            return x + 1
+
+        _capture(kit, step)
+        fix = "Ask the device about the calling thread's current stream"
+        kit.same("in another thread, within a capture", seen, [False], "for it captures none", fix)
 
     @conforms("create_graph", needs="graphs")
     def test_every_graph_holds_its_own_work(self, kit: Kit) -> None:
@@ -220,17 +260,23 @@ class Graphs:
 
     @conforms("graph_replay", needs="graphs")
     def test_replay_runs_on_the_current_stream(self, kit: Kit) -> None:
-        x, fresh, stream = kit.tensor([1.0]), kit.tensor([7.0]), kit.stream()
-        graph, out = _capture(kit, lambda: x + 1, stream=stream)
-        kit.raw.settle()
-        with kit.raw.on(stream):
-            kit.raw.stall(stream)
-            x.copy_(fresh)
-            kit.hw.graph_replay(graph)
-        got = kit.raw.read(out, stream)
-        fix = "Replay on the current stream, behind the work now in it"
-        why = "from the input written before it in the same stream"
-        kit.same("an output", got, torch.tensor([8.0]), why, fix)
+        stream = kit.stream()
+        _replay_behind_work(kit, stream, stream)
+
+    @conforms("graph_replay", needs="graphs")
+    def test_replay_runs_on_another_stream_than_capture_did(self, kit: Kit) -> None:
+        _replay_behind_work(kit, kit.stream(), kit.stream())
+
+    @conforms("graph_replay", needs=("graphs", "async_streams"))
+    def test_the_host_does_not_wait_in_graph_replay(self, kit: Kit) -> None:
+        x = kit.tensor([1.0])
+        graph, _ = _capture(kit, lambda: x + 1)
+
+        def call(late: LateWrite) -> None:
+            with kit.raw.on(late.stream):
+                kit.hw.graph_replay(graph)
+
+        host_goes_on(kit, call)
 
     @conforms("graph_replay", needs="graphs")
     def test_replay_takes_buffers_and_batch(self, kit: Kit) -> None:
@@ -261,6 +307,34 @@ class Graphs:
         first, second = kit.hw.plan_stream_policy(), kit.hw.plan_stream_policy()
         fix = "Let it look at nothing that changes: the core asks once"
         kit.same("a second answer", second, first, "the first answer", fix)
+
+
+def _replay_behind_work(kit: Kit, captured_on: Stream, stream: Stream) -> None:
+    """Replay in a stream behind slow work that the graph's result depends on."""
+    x, fresh = kit.tensor([1.0]), kit.tensor([7.0])
+    graph, out = _capture(kit, lambda: x + 1, stream=captured_on)
+    with kit.raw.on(stream):
+        kit.raw.stall(stream)
+        x.copy_(fresh)
+        kit.hw.graph_replay(graph)
+    got = kit.raw.read(out, stream)
+    fix = "Replay on the current stream, behind the work now in it"
+    why = "from the input written before it in the same stream"
+    kit.same("an output", got, torch.tensor([8.0]), why, fix)
+
+
+def _structure(outputs: object) -> str:
+    """Return the repr of nested outputs, with every tensor in it as ``Tensor``."""
+    if isinstance(outputs, torch.Tensor):
+        return "Tensor"
+    if isinstance(outputs, dict):
+        return "{" + ", ".join(f"{k!r}: {_structure(v)}" for k, v in outputs.items()) + "}"
+    if isinstance(outputs, list):
+        return "[" + ", ".join(map(_structure, outputs)) + "]"
+    if isinstance(outputs, tuple):
+        comma = "," if len(outputs) == 1 else ""
+        return "(" + ", ".join(map(_structure, outputs)) + comma + ")"
+    return repr(outputs)
 
 
 def _capture(

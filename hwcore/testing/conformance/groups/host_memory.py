@@ -23,6 +23,24 @@ class HostMemory:
         kit.same("the values", pinned, tensor, "those of the argument", fix)
         kit.same("the device", pinned.device.type, "cpu", "where host memory is", fix)
 
+    @conforms("pin_memory")
+    def test_a_tensor_of_any_form_can_be_pinned(self, kit: Kit) -> None:
+        base = torch.arange(24.0).view(4, 6)
+        for tensor in (torch.empty(0), base[:0], base.t(), base[:, ::2], base[0, 0]):
+            pinned = kit.hw.pin_memory(tensor)
+            form = f"for shape {list(tensor.shape)}, strides {list(tensor.stride())}"
+            fix = "Take empty and non-contiguous tensors too"
+            kit.same(f"the values {form}", pinned, tensor, "those of the argument", fix)
+
+    @conforms("pin_memory", needs="pinned_memory")
+    def test_pinning_copies_what_is_not_pinned(self, kit: Kit) -> None:
+        tensor = torch.arange(8.0)
+        pinned = kit.hw.pin_memory(tensor)
+        tensor.fill_(-1.0)
+        fix = "Return a copy: the core reuses the argument's memory"
+        why = "what the argument held, though it was overwritten since"
+        kit.same("the result", pinned, torch.arange(8.0), why, fix)
+
     @conforms("pin_memory", needs="pinned_memory")
     def test_pinned_memory_is_page_locked(self, kit: Kit) -> None:
         pinned = kit.hw.pin_memory(torch.arange(8.0))

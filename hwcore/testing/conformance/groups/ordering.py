@@ -20,14 +20,17 @@ _WAIT = "Make later work of the waiting stream wait"
 
 
 class Handover:
-    """A value that one stream writes, late, and another reads into a place of its own."""
+    """A value that one stream writes, late, and another reads into a place of its own.
 
-    def __init__(self, kit: Kit) -> None:
+    ``reader`` is the device of the reading stream; default: that of the writing one.
+    """
+
+    def __init__(self, kit: Kit, reader: torch.device | None = None) -> None:
         self.kit = kit
         self.producer: Stream = kit.stream()
-        self.consumer: Stream = kit.stream()
+        self.consumer: Stream = kit.hw.create_stream(reader or kit.device)
         self._value, self._fresh = kit.tensor([0.0]), kit.tensor([7.0])
-        self._seen = kit.tensor([-1.0])
+        self._seen = kit.tensor([-1.0], device=reader)
 
     def write(self) -> None:
         with self.kit.raw.on(self.producer):
@@ -36,7 +39,7 @@ class Handover:
 
     def read(self, stream: Stream | None = None) -> None:
         with self.kit.raw.on(stream or self.consumer):
-            self._seen.copy_(self._value)
+            self._seen.copy_(self._value, non_blocking=True)
 
     def overwrite(self) -> None:
         """Write again in the reading stream: too early if the reader was not waited for."""
@@ -156,20 +159,21 @@ class Ordering:
 
     @conforms("wait_stream", needs="multi_device")
     def test_streams_of_two_devices_wait_for_each_other(self, kit: Kit) -> None:
-        other = kit.hw.device(1)
-        producer, consumer = kit.stream(), kit.hw.create_stream(other)
-        value, fresh = kit.tensor([0.0]), kit.tensor([7.0])
-        seen = torch.zeros(1, device=other)
-        kit.raw.settle()
-        with kit.raw.on(producer):
-            kit.raw.stall(producer)
-            value.copy_(fresh)
-        kit.hw.wait_stream(consumer, producer)
-        with kit.raw.on(consumer):
-            seen.copy_(value, non_blocking=True)
-        got = kit.raw.read(seen, consumer)
-        why = "what the other device's stream had written"
-        kit.same("what the waiting stream read", got, torch.tensor([7.0]), why, _WAIT)
+        over = Handover(kit, kit.hw.device(1))
+        over.write()
+        kit.hw.wait_stream(over.consumer, over.producer)
+        over.read()
+        over.check()
+
+    @conforms("wait_event", needs="multi_device")
+    def test_a_stream_waits_for_an_event_of_another_device(self, kit: Kit) -> None:
+        over = Handover(kit, kit.hw.device(1))
+        event = kit.hw.create_event(kit.device)
+        over.write()
+        event.record(over.producer)
+        kit.hw.wait_event(event, over.consumer)
+        over.read()
+        over.check()
 
     @conforms("current_stream")
     def test_work_of_one_stream_runs_in_the_order_it_was_enqueued(self, kit: Kit) -> None:

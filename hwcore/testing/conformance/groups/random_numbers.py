@@ -34,6 +34,16 @@ class RandomNumbers:
             kit.same("a draw's device", drawn.device, expected, "the generator's", fix)
 
     @conforms("generator")
+    def test_a_generator_is_for_the_current_device_where_none_is_given(self, kit: Kit) -> None:
+        for device in kit.each_device():
+            generator = kit.hw.generator()
+            expected = torch.zeros(1, device=device).device
+            fix = "Take None as the current device"
+            got = torch.zeros(1, device=generator.device).device
+            kit.same("attribute `device`", got, expected, "the current device", fix)
+            torch.rand(_SIZE, generator=generator, device=device)
+
+    @conforms("generator")
     def test_generators_are_independent(self, kit: Kit) -> None:
         one, two = (kit.hw.generator(0).manual_seed(1) for _ in range(2))
         torch.rand(_SIZE, generator=one, device=kit.device)

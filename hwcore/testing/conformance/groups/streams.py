@@ -1,4 +1,4 @@
-"""Streams and events: how they are made, which one is current, and when the host waits."""
+"""Streams and events: how they are made, and which stream is current."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ import torch
 from hwcore.testing.conformance.kit import conforms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from hwcore.testing.conformance.kit import Kit, LateWrite
-
-_ATTEMPTS = 3
+    from hwcore.testing.conformance.kit import Kit
 
 
 class _RaisedInTestError(Exception):
@@ -40,6 +36,13 @@ class Streams:
             got = kit.hw.create_stream(device).device
             fix = "Make it on `device`"
             kit.same("attribute `device`", got, device, "the device asked for", fix)
+
+    @conforms("create_stream")
+    def test_a_stream_is_on_the_current_device_where_none_is_given(self, kit: Kit) -> None:
+        for device in kit.each_device():
+            got = kit.hw.create_stream().device
+            fix = "Take None as the current device"
+            kit.same("attribute `device`", got, device, "the current device", fix)
 
     @conforms("create_stream")
     def test_priorities_are_accepted(self, kit: Kit) -> None:
@@ -75,6 +78,20 @@ class Streams:
         fix = "Make a new event at each call"
         what = "query() of an event while another waits for work"
         kit.that(reached or late.happened, what, reached, "True, for it was never recorded", fix)
+
+    @conforms("create_event")
+    def test_an_event_can_be_recorded_on_the_device_it_was_made_for(self, kit: Kit) -> None:
+        fix = "Make it on `device`; take None as the current one"
+        for current in kit.each_device():
+            for device in (None, *map(kit.hw.device, kit.indices)):
+                event = kit.hw.create_event(device)
+                expected = device or current
+                made_for = getattr(event, "device", expected)
+                if made_for.index is not None:  # torch may leave it open until it is recorded
+                    why = f"for device {device}"
+                    kit.same("attribute `device`", made_for, expected, why, fix)
+                event.record(kit.hw.create_stream(expected))
+                event.synchronize()
 
     @conforms("create_event", needs="event_timing")
     def test_elapsed_time_is_in_milliseconds(self, kit: Kit) -> None:
@@ -113,6 +130,15 @@ class Streams:
             got = kit.hw.current_stream(kit.device)
         fix = "Return the calling thread's current stream on `device`"
         kit.same("for the stream's device", got, stream, "the stream that was entered", fix)
+
+    @conforms("current_stream")
+    def test_every_device_has_a_current_stream_of_its_own(self, kit: Kit) -> None:
+        fix = "Look at `device`; take None as the current one"
+        for current in kit.each_device():
+            for device in (None, *map(kit.hw.device, kit.indices)):
+                got = kit.hw.current_stream(device).device
+                why = f"with {current} current"
+                kit.same(f"the device for {device}", got, device or current, why, fix)
 
     @conforms("current_stream")
     def test_each_thread_has_its_own_current_stream(self, kit: Kit) -> None:
@@ -154,6 +180,14 @@ class Streams:
         kit.same("the current stream after an exception", got, before, "the one from before", fix)
 
     @conforms("stream_context")
+    def test_stream_context_leaves_other_threads_alone(self, kit: Kit) -> None:
+        default = kit.in_thread(lambda: kit.hw.current_stream(kit.device))
+        with kit.hw.stream_context(kit.stream()):
+            got = kit.in_thread(lambda: kit.hw.current_stream(kit.device))
+        fix = "Set the stream for the calling thread alone"
+        kit.same("another thread's current stream", got, default, "its default stream", fix)
+
+    @conforms("stream_context")
     def test_work_within_stream_context_goes_into_the_stream(self, kit: Kit) -> None:
         stream = kit.stream()
         source, seen = kit.tensor([7.0]), kit.tensor([0.0])
@@ -173,133 +207,3 @@ class Streams:
             kit.same("a tensor's device within it", got, 1, "the stream's device", fix)
         got = torch.zeros(1, device=kit.hw.info.device_type).device.index
         kit.same("a tensor's device after it", got, 0, "the device from before", fix)
-
-    # --- The host waits ---
-
-    @conforms("synchronize")
-    def test_synchronize_returns_after_all_work(self, kit: Kit) -> None:
-        late = [kit.late_write(kit.stream()), kit.late_write(kit.hw.current_stream())]
-        kit.hw.synchronize(kit.device)
-        _has_happened(kit, all(write.happened for write in late), "work on two streams")
-
-    @conforms("synchronize")
-    def test_synchronize_without_a_device_means_the_current_one(self, kit: Kit) -> None:
-        kit.hw.set_device(0)
-        late = kit.late_write(kit.stream())
-        kit.hw.synchronize()
-        _has_happened(kit, late.happened, "the current device's work")
-
-    @conforms("synchronize_stream")
-    def test_synchronize_stream_returns_after_the_streams_work(self, kit: Kit) -> None:
-        stream = kit.stream()
-        late = kit.late_write(stream)
-        kit.hw.synchronize_stream(stream)
-        _has_happened(kit, late.happened, "the stream's work")
-
-    @conforms("synchronize_event")
-    def test_synchronize_event_returns_after_the_event(self, kit: Kit) -> None:
-        _wait_for_event(kit, blocking=False)
-
-    @conforms("synchronize_event")
-    def test_synchronize_event_returns_for_a_blocking_event(self, kit: Kit) -> None:
-        _wait_for_event(kit, blocking=True)
-
-    @conforms("synchronize_event", needs="blocking_events")
-    def test_the_host_sleeps_while_it_waits_for_a_blocking_event(self, kit: Kit) -> None:
-        stream = kit.stream()
-        event = kit.hw.create_event(kit.device, blocking=True)
-        kit.late_write(stream)
-        event.record(stream)
-        began, began_cpu = time.perf_counter(), time.thread_time()
-        kit.hw.synchronize_event(event)
-        waited_s = time.perf_counter() - began
-        busy = (time.thread_time() - began_cpu) / waited_s
-        if waited_s < 0.05 or kit.raw.computes_on_the_host:
-            return  # nothing to be seen
-        fix = "Hand `blocking` on to the device, or do not list `blocking_events`"
-        expected = "below 0.5, for the host is to sleep"
-        kit.that(busy < 0.5, "the share of the wait spent computing", busy, expected, fix)
-
-    @conforms("query_event")
-    def test_query_event_says_true_only_after_the_work(self, kit: Kit) -> None:
-        stream = kit.stream()
-        event = kit.hw.create_event(kit.device)
-        late = kit.late_write(stream)
-        event.record(stream)
-        reached = kit.hw.query_event(event)
-        expected = "False, for the work before the event had not run"
-        fix = "Ask the device"
-        kit.that(not reached or late.happened, "the answer", reached, expected, fix)
-        event.synchronize()
-        reached = kit.hw.query_event(event)
-        kit.that(reached, "the answer after the work", reached, "True", fix)
-
-    # --- The host does not wait ---
-
-    @conforms("create_stream", needs="async_streams")
-    def test_work_in_a_stream_runs_while_the_host_goes_on(self, kit: Kit) -> None:
-        fix = "Do not list `async_streams`, or let work in a stream run by itself"
-        _host_goes_on(kit, lambda late: None, "the capability `async_streams`", fix)
-
-    @conforms("record_event", needs="async_streams")
-    def test_the_host_does_not_wait_in_record_event(self, kit: Kit) -> None:
-        event = kit.hw.create_event(kit.device)
-        _host_goes_on(kit, lambda late: kit.hw.record_event(event, late.stream), "the host")
-
-    @conforms("query_event", needs="async_streams")
-    def test_the_host_does_not_wait_in_query_event(self, kit: Kit) -> None:
-        event = kit.hw.create_event(kit.device)
-
-        def call(late: LateWrite) -> None:
-            event.record(late.stream)
-            kit.hw.query_event(event)
-
-        _host_goes_on(kit, call, "the host")
-
-    @conforms("wait_event", needs="async_streams")
-    def test_the_host_does_not_wait_in_wait_event(self, kit: Kit) -> None:
-        consumer = kit.stream()
-        kit.raw.stall(consumer)  # it has no reason to hurry to the wait
-
-        def call(late: LateWrite) -> None:
-            event = kit.hw.create_event(kit.device)
-            event.record(late.stream)
-            kit.hw.wait_event(event, consumer)
-
-        _host_goes_on(kit, call, "the host")
-
-    @conforms("wait_stream", needs="async_streams")
-    def test_the_host_does_not_wait_in_wait_stream(self, kit: Kit) -> None:
-        consumer = kit.stream()
-        kit.raw.stall(consumer)
-        _host_goes_on(kit, lambda late: kit.hw.wait_stream(consumer, late.stream), "the host")
-
-
-def _wait_for_event(kit: Kit, *, blocking: bool) -> None:
-    stream = kit.stream()
-    event = kit.hw.create_event(kit.device, blocking=blocking)
-    late = kit.late_write(stream)
-    event.record(stream)
-    kit.hw.synchronize_event(event)
-    _has_happened(kit, late.happened, "the work before the event")
-
-
-def _has_happened(kit: Kit, happened: bool, what: str) -> None:
-    expected = "every write of it in memory by the time that the call returned"
-    kit.that(happened, what, "still running", expected, "Block the host until it has finished")
-
-
-def _host_goes_on(
-    kit: Kit, call: Callable[[LateWrite], None], what: str, fix: str = "Return at once"
-) -> None:
-    """Fail if slow work is always over when a call returns.
-
-    Once is enough: between the call and the look the machine may have paused.
-    """
-    for _ in range(_ATTEMPTS):
-        late = kit.late_write(kit.stream())
-        call(late)
-        if not late.happened:
-            return
-    got = "work that was over each time the host looked"
-    kit.fail(what, got, "work that runs later than the call which enqueues it", fix)
