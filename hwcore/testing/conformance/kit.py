@@ -140,10 +140,11 @@ class Kit:
         before = None if self.device.type == "cpu" else torch.accelerator.current_device_index()
         try:
             for index in self.indices:
-                device = self.hw.device(index)
-                if before is not None:
+                if before is None:
+                    yield self.device
+                else:
                     torch.accelerator.set_device_index(index)
-                yield device
+                    yield torch.device(self.hw.info.device_type, index)
         finally:
             if before is not None:
                 torch.accelerator.set_device_index(before)

@@ -32,6 +32,12 @@ KIT = pytest.StashKey["Kit"]()
 ACTIVATION = "activation"
 """The group of what a plugin is refused for before any test runs."""
 
+# The last two collect all garbage several times a run, to warn of what is ignored here.
+_UNUSED = (
+    *("cacheprovider", "terminal", "logging", "faulthandler"),
+    *("unraisableexception", "threadexception"),
+)
+
 _USAGE = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
@@ -118,16 +124,7 @@ def run_tests(
     here = pathlib.Path(__file__).parent
     arguments = [
         *(str(here / "entry.py"), f"--rootdir={here}", "-c", os.devnull, "--noconftest"),
-        *(
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:terminal",
-            "-p",
-            "no:logging",
-            "-p",
-            "no:faulthandler",
-        ),
+        *(part for plugin in _UNUSED for part in ("-p", f"no:{plugin}")),
         *("--import-mode=importlib", "--capture=no", "-W", "ignore"),
         *(("-k", keyword) if keyword else ()),
         *(("-x",) if first_failure else ()),

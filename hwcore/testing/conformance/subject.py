@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from hwcore import _env, discovery
-from hwcore.errors import ArgumentTypeError, PluginLoadError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, PluginLoadError, describe
 from hwcore.probing import child_environment
 from hwcore.testing.conformance.errors import SanitizerOnError
 
@@ -95,22 +95,38 @@ def find_raw(name: str, value: str | None = None) -> RawAccess:
     Raises
     ------
     PluginLoadError
-        If it cannot be imported or created, or is no RawAccess.
+        If what is declared cannot be imported or created, or is no RawAccess.
+    ArgumentValueError
+        If ``value`` cannot, or is none: then the user is wrong, and not the plugin.
     """
     from hwcore.testing.conformance.raw import RawAccess
 
+    expected = "an object of a class derived from hwcore.testing.conformance.RawAccess"
     if value is not None:
-        origin = discovery.Origin(name, value, "raw access", "named by the user", "")
-    else:
-        declared = [entry for entry in discovery.declared(RAW_GROUP) if entry.name == name]
-        if not declared:
-            return RawAccess()
-        origin = declared[0]
+        return _named_raw(value, expected)
+    declared = [entry for entry in discovery.declared(RAW_GROUP) if entry.name == name]
+    if not declared:
+        return RawAccess()
+    origin = declared[0]
     raw = discovery.load(origin)
     if not isinstance(raw, RawAccess):
-        expected = "an object of a class derived from hwcore.testing.conformance.RawAccess"
         what = f"entry point `{origin.value}`"
         raise PluginLoadError(
             describe(str(origin), what, raw, expected, "Derive it"), name, RAW_GROUP
         )
+    return raw
+
+
+def _named_raw(value: str, expected: str) -> RawAccess:
+    from hwcore.testing.conformance.raw import RawAccess
+
+    fix = "Name it as module:Class"
+    try:
+        raw = discovery.load(discovery.Origin("raw", value, "--raw", "", ""))
+    except PluginLoadError as error:
+        expected += f" ({error.__cause__!r})"
+        raise ArgumentValueError(describe("conformance", "`raw`", value, expected, fix)) from error
+    if not isinstance(raw, RawAccess):
+        expected += f", not {raw!r}"
+        raise ArgumentValueError(describe("conformance", "`raw`", value, expected, fix))
     return raw

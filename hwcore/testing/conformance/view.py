@@ -10,13 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import pathlib
-
     from rich.console import Console
 
     from hwcore.testing.conformance.report import Report
 
-__all__ = ["print_report", "write_junit"]
+__all__ = ["junit", "print_report"]
 
 MEANINGS = ("conforms", "does not conform", "could not run")
 _STYLES = ("green", "bold red", "bold red")
@@ -74,8 +72,8 @@ def _table(report: Report) -> Table:
     return table
 
 
-def write_junit(report: Report, file: pathlib.Path) -> None:
-    """Write a report as JUnit XML: a suite for the backend, a class for each group."""
+def junit(report: Report) -> bytes:
+    """Return a report as JUnit XML: a suite for the backend, a class for each group."""
     failed = sum(test.outcome == "failed" for test in report.tests)
     suite = ElementTree.Element(
         "testsuite",
@@ -104,7 +102,8 @@ def write_junit(report: Report, file: pathlib.Path) -> None:
         ElementTree.SubElement(case, "error", message=_xml_text(report.error), type="run")
     root = ElementTree.Element("testsuites")
     root.append(suite)
-    ElementTree.ElementTree(root).write(file, encoding="utf-8", xml_declaration=True)
+    written: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return written
 
 
 def _xml_text(text: str) -> str:

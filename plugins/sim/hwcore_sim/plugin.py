@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
     import torch
 
-    from hwcore.types import CompileRequest, Stream
+    from hwcore.types import Capability, CompileRequest, Stream
 
 __all__ = ["SimPlugin"]
 
 
-def _has_several_devices() -> bool:
+def _several_devices() -> frozenset[Capability]:
     # setup() says what is wrong with a value that is no count.
-    return os.environ.get("HWCORE_SIM_DEVICES", "").lstrip("0") != "1"
+    one = os.environ.get("HWCORE_SIM_DEVICES", "").lstrip("0") == "1"
+    return frozenset() if one else frozenset({"multi_device"})
 
 
 class SimPlugin:
@@ -51,8 +52,8 @@ class SimPlugin:
                     "float64",
                     "float8",
                 }
-                | ({"multi_device"} if _has_several_devices() else set())
-            ),
+            )
+            | _several_devices(),
             quirks=frozenset({"capture_stream_limit"}),
         )
 

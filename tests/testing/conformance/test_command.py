@@ -188,7 +188,7 @@ CRASHES = """
 
 def test_a_hook_that_hangs_fails_by_name_and_limit_and_the_run_goes_on(site):
     site.add("acme", HANGS)
-    status, report = conformance(site, "acme", "--timeout", "2", "-k", "streams")
+    status, report = conformance(site, "acme", "--timeout", "2", "-k", "streams or waiting")
     assert status == 1
     assert list(failures(report)) == ["synchronize"]
     first, *others = failures(report)["synchronize"].messages
@@ -202,11 +202,19 @@ def test_a_hook_that_hangs_fails_by_name_and_limit_and_the_run_goes_on(site):
 @pytest.mark.slow
 def test_a_hook_that_hangs_with_the_interpreters_lock_held_is_ended_from_outside(site):
     site.add("acme", HOLDS_THE_LOCK)
-    status, report = conformance(site, "acme", "--timeout", "1", "-k", "memory or synchronize")
-    assert status == 1
+    code = """
+        from hwcore.cli import main
+        from hwcore.testing.conformance import runner
+        runner.GRACE_S = 1.0
+        main(["conformance", "--backend", "acme", "--json", "-", "--timeout", "2",
+              "-k", "memory or set_device"])
+    """
+    done = site.run(code)
+    report = msgspec.json.decode(done.stdout, type=Report)
+    assert done.returncode == 1
     assert list(failures(report)) == ["set_device"]
     first, *others = failures(report)["set_device"].messages
-    assert "gave no answer within 11 s and was ended" in first
+    assert "gave no answer within 3 s and was ended" in first
     assert all("is not called again" in message for message in others)
     assert any(test.outcome == "passed" for test in report.tests)
 
@@ -305,11 +313,41 @@ def test_a_report_that_cannot_be_written_is_said_before_the_run(site):
     assert "its folder does not exist" in " ".join(done.stderr.split())
 
 
-def test_raw_access_that_is_none_gives_a_failure_that_names_it(site):
-    status, report = conformance(site, "cpu", "--raw", "hwcore.cpu:CpuPlugin")
-    assert status == 1
-    (failure,) = report.failures
-    assert "derived from hwcore.testing.conformance.RawAccess" in failure.messages[0]
+def test_a_report_that_cannot_be_written_is_said_and_the_table_is_printed(site):
+    files = ("--json", "/dev/full", "--junit", "/proc/none.xml")
+    done = site.execute(*COMMAND, "cpu", "-k", "probe", *files)
+    assert done.returncode == 2
+    assert "identity" in done.stdout
+    assert "hwcore: `/dev/full`: No space left on device. Write the report" in done.stderr
+    assert "hwcore: `/proc/none.xml`: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_junit_goes_to_standard_output_too(site):
+    done = site.execute(*COMMAND, "cpu", "-k", "probe", "--junit", "-")
+    assert ElementTree.fromstring(done.stdout).tag == "testsuites"
+    assert "identity" in done.stderr
+    assert not (site.folder / "-").exists()
+
+
+def test_two_reports_on_one_standard_output_are_refused(site):
+    done = site.execute(*COMMAND, "cpu", "--json", "-", "--junit", "-")
+    assert done.returncode == 2
+    assert "cannot both be standard output" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "-inf", "0"])
+def test_a_limit_that_is_none_is_refused(site, limit):
+    done = site.execute(*COMMAND, "cpu", "--timeout", limit)
+    assert done.returncode == 2
+    assert "Invalid value for '--timeout'" in done.stderr
+
+
+def test_raw_access_that_cannot_be_imported_gives_exit_status_2(site):
+    error = refused(site, "cpu", "--raw", "nosuch:Thing")
+    assert error.startswith("conformance: `raw` got 'nosuch:Thing' (str); expected an object of")
+    assert "No module named 'nosuch'" in error
+    assert error.endswith("Name it as module:Class.")
 
 
 def test_the_callers_pytest_options_do_not_matter(site):

@@ -11,7 +11,7 @@ import torch
 
 import hwcore
 from hwcore.cpu import CpuPlugin
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, PluginLoadError
+from hwcore.errors import ArgumentTypeError, ArgumentValueError
 from hwcore.testing.conformance import RawAccess, conforms, run
 from hwcore.testing.conformance.deadline import DeadlineError, within
 from hwcore.testing.conformance.errors import ConformanceError, SanitizerOnError
@@ -204,11 +204,23 @@ def test_a_race_sanitizer_that_is_on_is_refused():
         run(backend)
 
 
-def test_raw_access_of_another_kind_is_refused():
-    with pytest.raises(PluginLoadError, match="derived from"):
-        find_raw("cpu", "hwcore.cpu:CpuPlugin")
-    with pytest.raises(PluginLoadError, match="no_such_module"):
-        find_raw("cpu", "no_such_module:Raw")
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ("hwcore.cpu:CpuPlugin", "not <hwcore.cpu.CpuPlugin object"),
+        ("nosuch:Thing", "No module named 'nosuch'"),
+        ("bad", "No module named 'bad'"),
+        ("os:path", "not <module 'posixpath'"),
+        ("os:nosuch", "has no attribute 'nosuch'"),
+    ],
+)
+def test_raw_access_that_is_none_is_an_error_of_the_user(raw, said):
+    with pytest.raises(ArgumentValueError, match=f"`raw` got {raw!r}.*derived from") as caught:
+        find_raw("cpu", raw)
+    assert said in str(caught.value)
+
+
+def test_raw_access_is_torchs_where_none_is_declared():
     assert type(find_raw("cpu")) is RawAccess
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hwcore_sim") is None, reason="hwcore-sim is not installed"
 )
 
+DOCS = pathlib.Path(__file__).parents[3] / "docs" / "conformance.md"
 COMMAND = ("-m", "hwcore.cli", "conformance", "--json", "-", "--backend")
 FAULTY = """
     import hwcore
@@ -63,7 +66,7 @@ def test_the_simulated_device_conforms():
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["eager", "random:1"])
 def test_it_conforms_under_every_drain_policy(policy):
-    groups = "memory or streams or ordering or graphs"
+    groups = "memory or streams or waiting or ordering or graphs"
     report = conformance("sim", "-k", groups, HWCORE_SIM_DRAIN=policy)
     assert [failure.messages for failure in report.failures] == []
     assert len(report.tests) > 50
@@ -71,9 +74,25 @@ def test_it_conforms_under_every_drain_policy(policy):
 
 @pytest.mark.slow
 def test_it_conforms_under_a_vendors_name():
-    report = conformance("sim", "-k", "identity or streams", HWCORE_SIM_NAME="npu")
+    report = conformance("sim", "-k", "identity or streams or waiting", HWCORE_SIM_NAME="npu")
     assert [failure.messages for failure in report.failures] == []
     assert report.backend.device_type == "npu"
+
+
+def test_the_docs_example_of_a_vendors_own_test_runs(tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (own,) = (example for example in examples if "@conforms" in example)
+    (tmp_path / "test_sim.py").write_text(own.replace('"acme"', '"sim"'))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(tmp_path), "-k", "priorities", "-rA"],
+        env={k: v for k, v in os.environ.items() if not k.startswith("HWCORE_")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert re.search("PASSED .*::test_five_priorities", done.stdout)
 
 
 def test_a_setup_that_creates_a_device_context_is_found_out(site):
