@@ -51,9 +51,9 @@ class SimPlugin:
                     "pinned_memory",
                     "float64",
                     "float8",
+                    *_several_devices(),
                 }
-            )
-            | _several_devices(),
+            ),
             quirks=frozenset({"capture_stream_limit"}),
         )
 

@@ -90,7 +90,7 @@ def test_groups_stand_in_their_own_order(cpu):
         "identity",
         "memory",
         "streams",
-        "ordering",
+        "waiting",
     ]
 
 
