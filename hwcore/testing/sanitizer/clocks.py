@@ -12,18 +12,21 @@ between threads is not this package's subject.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
 
-__all__ = ["Clocks", "Lane", "Snapshot"]
+__all__ = ["Attached", "Clocks", "Lane", "Snapshot"]
 
 Snapshot = dict["Lane", int]
 """Epochs by stream: what an event's waiter learns."""
+
+V = TypeVar("V")
 
 MANY_LANES = 64
 """Streams beyond which those that are gone are looked for and forgotten."""
@@ -69,12 +72,40 @@ class Lane:
         return epoch <= other.host_knows or other is self or epoch <= self.clock.get(other, 0)
 
 
+class Attached(Generic[V]):
+    """What is known of objects of a backend's, for as long as they live.
+
+    Those that take no weak reference (``__slots__``, types written in C), or have no hash, are held
+    instead, until the sanitizer itself goes.
+    """
+
+    def __init__(self) -> None:
+        self._weak: weakref.WeakKeyDictionary[Any, V] = weakref.WeakKeyDictionary()
+        self._held: dict[int, tuple[Any, V]] = {}
+
+    def __len__(self) -> int:
+        return len(self._weak) + len(self._held)
+
+    def __setitem__(self, thing: Any, value: V) -> None:
+        try:
+            self._weak[thing] = value
+        except TypeError:
+            self._held[id(thing)] = (thing, value)
+
+    def get(self, thing: Any, default: V) -> V:
+        """Return what is known of an object."""
+        try:
+            return self._weak.get(thing, default)
+        except TypeError:
+            return self._held.get(id(thing), (thing, default))[1]
+
+
 class Clocks:
     """The clocks of all streams. Calls are made under the sanitizer's lock."""
 
     def __init__(self) -> None:
         self.lanes: dict[object, Lane] = {}
-        self._events: weakref.WeakKeyDictionary[Any, Snapshot | None] = weakref.WeakKeyDictionary()
+        self._events: Attached[Snapshot | None] = Attached()
         self._many = MANY_LANES
 
     def lane(self, stream: Any) -> Lane:
@@ -97,7 +128,8 @@ class Clocks:
         lane = self.lane(stream)
         if name:
             self.name(lane, name)
-        lane.object = weakref.ref(stream)
+        with contextlib.suppress(TypeError):  # that of another type is never taken to be gone
+            lane.object = weakref.ref(stream)
 
     def name(self, lane: Lane, name: str) -> None:
         """Give a stream a name for reports, with its number where the name is taken."""
@@ -141,7 +173,7 @@ class Clocks:
 
     def snapshot(self, event: Any) -> Snapshot:
         """Return what a waiter for the event learns now."""
-        return self._events.get(event) or {}
+        return self._events.get(event, None) or {}
 
     # --- Memory ---
 

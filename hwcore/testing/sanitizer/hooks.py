@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import hwcore
 from hwcore.testing.sanitizer import stacks
+from hwcore.testing.sanitizer.clocks import Attached
 from hwcore.testing.sanitizer.history import Record
 from hwcore.testing.sanitizer.reports import RaceWarning
 
@@ -37,7 +36,7 @@ class Hooks:
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        self._graphs: weakref.WeakKeyDictionary[Any, Captured] = weakref.WeakKeyDictionary()
+        self._graphs: Attached[Captured | None] = Attached()
 
     # --- Made ---
 
@@ -67,6 +66,11 @@ class Hooks:
     # --- Streams wait ---
 
     @hwcore.hookimpl(wrapper=True)
+    def stream_context(self) -> Wrapper:
+        self._lane(None)  # the stream of before is `current`, not the one that is entered
+        return (yield)
+
+    @hwcore.hookimpl(wrapper=True)
     def record_event(self, event: Any, stream: Any) -> Wrapper:
         result = yield
         lane = self._lane(stream)
@@ -89,7 +93,7 @@ class Hooks:
                 f"`{lane.name}` waits for nothing; expected one recorded before the wait. Call "
                 f"backend.record_event first (waited for at {_here()})."
             )
-            warnings.warn(RaceWarning(message), stacklevel=2)
+            stacks.warn(RaceWarning(message))
         return result
 
     @hwcore.hookimpl(wrapper=True)
@@ -167,9 +171,18 @@ class Hooks:
 
     @hwcore.hookimpl(wrapper=True)
     def graph_replay(self, graph: Any) -> Wrapper:
-        captured = self._graphs.get(graph)
+        captured = self._graphs.get(graph, None)
         if not captured:
-            return (yield)
+            result = yield
+            if captured is None:
+                self._graphs[graph] = {}
+                message = (
+                    f"backend.graph_replay: `graph` got one that was captured before the sanitizer "
+                    f"was on; what it reads and writes is unknown, and races with it are not "
+                    f"reported. Capture it while the sanitizer is on (replayed at {_here()})."
+                )
+                stacks.warn(RaceWarning(message))
+            return result
         lane, stack = self._lane(None), stacks.capture()
         with self._tracker.changing() as found:
             for (history, region, write), first in captured.items():

@@ -60,7 +60,7 @@ class RaceError(HwcoreError, RuntimeError):
 
 
 class RaceWarning(RuntimeWarning):
-    """Two accesses are not ordered, or a wait was for nothing."""
+    """Two accesses are not ordered, a wait was for nothing, or some accesses are unknown."""
 
 
 @dataclasses.dataclass(frozen=True)

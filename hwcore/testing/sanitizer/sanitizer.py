@@ -84,6 +84,8 @@ class Sanitizer:
         backend = self._backend or hwcore.current_backend()
         tracker = Tracker(backend, self._on_race)
         tracker.races = self.races
+        if backend.is_initialized():  # else at first use: a process may fork before it has a device
+            tracker.lane()  # is called `current` in reports
         hooks, patches = Hooks(tracker), Patches(tracker)
         _claim(self)
         with contextlib.ExitStack() as exits:

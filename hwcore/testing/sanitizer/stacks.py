@@ -9,17 +9,19 @@ import linecache
 import os
 import re
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import pluggy
 import torch
+from torch.autograd.graph import _engine_run_backward
 
 import hwcore
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-__all__ = ["Stack", "assigned_name", "capture", "lines", "site"]
+__all__ = ["Stack", "assigned_name", "capture", "lines", "site", "warn"]
 
 Stack = tuple[tuple["CodeType", int], ...]
 """Code and the offset of the instruction that ran, innermost first."""
@@ -42,21 +44,36 @@ _hidden: dict[str, bool] = {}
 
 
 def capture() -> Stack:
-    """Return the innermost frames that are neither torch's, hwcore's binding nor this package's."""
-    found: list[tuple[CodeType, int]] = []
+    """Return the innermost frames that are neither torch's, hwcore's binding nor this package's.
+
+    A thread of autograd's has none: then those of the thread that called backward.
+    """
+    return _users(sys._getframe(1)) or _callers_of_backward()
+
+
+def warn(message: Warning, at: Stack = ()) -> None:
+    """Warn at the innermost frame of the user's, so that filters know its line and module.
+
+    Parameters
+    ----------
+    at : Stack
+        Where to, if the calling thread has no such frame.
+    """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        file = code.co_filename
-        hidden = _hidden.get(file)
-        if hidden is None:
-            hidden = _hidden[file] = _is_hidden(file)
-        if not hidden and not (file == "<string>" and code.co_name == "<lambda>"):
-            found.append((code, frame.f_lasti))
-            if len(found) == DEPTH:
-                break
+    while frame is not None and _is_ours(frame.f_code):
         frame = frame.f_back
-    return tuple(found)
+    if frame is None:
+        file, line = site(at or _callers_of_backward())
+        warnings.warn_explicit(message, type(message), file or "<unknown>", line)
+        return
+    warnings.warn_explicit(
+        message,
+        type(message),
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__") or "<string>",  # as warnings.warn() has it
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
 
 
 def site(stack: Stack) -> tuple[str, int]:
@@ -109,6 +126,37 @@ def _line_number(code: CodeType, offset: int) -> int:
         if start <= offset < end and line is not None:
             return line
     return code.co_firstlineno
+
+
+def _users(frame: FrameType | None) -> Stack:
+    found: list[tuple[CodeType, int]] = []
+    while frame is not None:
+        code = frame.f_code
+        if not _is_ours(code):
+            found.append((code, frame.f_lasti))
+            if len(found) == DEPTH:
+                break
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _callers_of_backward() -> Stack:
+    """Return where the host waits for autograd; nothing if threads do so in several places."""
+    waiting = {
+        _users(frame)
+        for frame in sys._current_frames().values()
+        if frame.f_code is _engine_run_backward.__code__
+    }
+    return waiting.pop() if len(waiting) == 1 else ()
+
+
+def _is_ours(code: CodeType) -> bool:
+    """Say whether code is no place of the user's program."""
+    file = code.co_filename
+    hidden = _hidden.get(file)
+    if hidden is None:
+        hidden = _hidden[file] = _is_hidden(file)
+    return hidden or (file == "<string>" and code.co_name == "<lambda>")
 
 
 def _is_hidden(file: str) -> bool:

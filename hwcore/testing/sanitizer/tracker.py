@@ -11,7 +11,6 @@ import collections
 import contextlib
 import os
 import threading
-import warnings
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -122,7 +121,7 @@ class Tracker:
             raise RaceError(found[0])
         if self.on_race == "warn":
             for race in found:
-                warnings.warn(RaceWarning(str(race)), stacklevel=3)
+                stacks.warn(RaceWarning(str(race)))
 
     # --- Where memory and work are ---
 
@@ -288,6 +287,8 @@ class Tracker:
         first: Record,
     ) -> None:
         pair = (kind, stacks.site(second[2]), stacks.site(first.stack))
-        if pair not in self._seen:
+        if pair in self._seen:
+            return
+        if second[2] and first.stack:  # lines that are not known need not be the same
             self._seen.add(pair)
-            found.append(report(kind, history, lane, second, first))
+        found.append(report(kind, history, lane, second, first))

@@ -143,6 +143,25 @@ def test_backward_is_watched(hw, sanitizer, streams, zeros):
     hw.synchronize()
 
 
+def test_races_in_backward_are_told_apart_by_who_called_it(hw, sanitizer, streams, zeros):
+    _, side = streams
+    weights = [zeros(4).requires_grad_() for _ in range(2)]
+    inputs = [zeros(4) for _ in range(2)]
+    first, second = ((w * x).sum() for w, x in zip(weights, inputs, strict=True))
+    hw.synchronize()
+    first.backward()
+    second.backward()
+    for x in inputs:
+        with hw.stream_context(side):
+            x.add_(1)
+    races = sanitizer.take()
+    assert [race.kind for race in races] == ["write after read"] * 2
+    for race in races:
+        assert "test_races_in_backward_are_told_apart" in race.previous.stack[0]
+    assert races[0].previous.stack != races[1].previous.stack
+    hw.synchronize()
+
+
 def test_training_is_no_race(hw, sanitizer):
     torch.manual_seed(0)
     model = torch.nn.Sequential(

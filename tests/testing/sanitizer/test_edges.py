@@ -244,8 +244,9 @@ def test_an_ordered_read_does_not_hide_a_write_from_a_third_stream(hw, sanitizer
 def test_waiting_for_an_event_never_recorded_warns(hw, streams):
     _, side = streams
     event = hw.create_event()
-    with pytest.warns(RaceWarning, match="`side` waits for nothing"):
+    with pytest.warns(RaceWarning, match="`side` waits for nothing") as caught:
         hw.wait_event(event, side)
+    assert caught[0].filename == __file__
 
 
 def test_waiting_for_an_event_of_before_the_sanitizer_does_not_warn(hw):
@@ -287,3 +288,22 @@ def test_a_copy_between_devices_orders_their_streams(hw, sanitizer):
     assert kinds(sanitizer) == ["write after write", "read after write"]
     hw.synchronize(here)
     hw.synchronize(there)
+
+
+class Slotted:
+    """An object that takes no weak reference, like those of types written in C."""
+
+    __slots__ = ()
+
+
+def test_an_event_that_takes_no_weak_reference_orders(hw, sanitizer):
+    clocks = sanitizer._tracker.clocks
+    event = Slotted()
+    clocks.event_made(event)
+    assert clocks.is_unrecorded(event)
+    lane, other = clocks.lane(hw.current_stream()), clocks.lane(hw.create_stream())
+    clocks.record(event, lane)
+    assert not clocks.is_unrecorded(event)
+    clocks.acquire(other, clocks.snapshot(event))
+    assert other.knows(lane, lane.epoch - 1)
+    assert not clocks.is_unrecorded(Slotted())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import warnings
 
 import pytest
 import torch
 
+from hwcore.testing.sanitizer import RaceWarning, Sanitizer
 from hwcore.testing.sanitizer.history import Record
+from hwcore.testing.sanitizer.hooks import Hooks
 
 
 @pytest.fixture
@@ -137,3 +140,35 @@ def test_a_tensor_of_a_graph_may_be_dropped(hw, sanitizer, streams, graph):
     assert sanitizer.take() == []
     torch.ones(1, device=hw.device())
     assert sanitizer.take() == []
+
+
+def test_a_graph_of_before_the_sanitizer_is_told_of_once(hw, zeros):
+    x = zeros(8)
+    graph = hw.create_graph()
+    hw.graph_capture(graph, lambda: x.add_(1))
+    hw.synchronize()
+    with Sanitizer(hw):
+        with pytest.warns(RaceWarning, match="captured before the sanitizer was on") as caught:
+            hw.graph_replay(graph)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hw.graph_replay(graph)
+    assert caught[0].filename == __file__
+    hw.synchronize()
+
+
+def test_a_graph_that_takes_no_weak_reference_is_followed(sanitizer):
+    class Slotted:
+        __slots__ = ()
+
+    hooks, graph = Hooks(sanitizer._tracker), Slotted()
+    capture = hooks.graph_capture(graph)
+    next(capture)
+    with pytest.raises(StopIteration):
+        capture.send(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a graph that was not captured would warn
+        replay = hooks.graph_replay(graph)
+        next(replay)
+        with pytest.raises(StopIteration):
+            replay.send(None)

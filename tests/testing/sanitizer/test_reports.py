@@ -115,6 +115,19 @@ def test_the_stream_of_before_is_the_current_one(hw):
         ]
 
 
+def test_the_first_stream_entered_is_not_the_current_one(hw):
+    side, x = hw.create_stream(), torch.zeros(4, device=hw.device())
+    hw.synchronize()
+    with Sanitizer(hw) as sanitizer:
+        with hw.stream_context(side):
+            x.fill_(1)
+        assert names_of(hw, sanitizer, side, hw.current_stream()) == [
+            f"stream {side.stream_id}",
+            "current",
+        ]
+    hw.synchronize()
+
+
 def test_a_tensor_of_before_says_so(hw):
     x = torch.zeros(8, device=hw.device())
     with Sanitizer(hw, on_race="collect") as sanitizer:

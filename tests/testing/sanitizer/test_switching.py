@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import pickle
+import re
 import threading
 import warnings
 
@@ -52,6 +54,33 @@ def test_a_race_is_raised_at_the_second_access(hw):
 def test_a_race_is_warned_of(hw):
     with pytest.warns(RaceWarning, match="race: read after write"), Sanitizer(hw, on_race="warn"):
         race(hw)
+
+
+def test_a_warning_is_of_the_programs_line_and_module(hw):
+    with warnings.catch_warnings(record=True) as caught, Sanitizer(hw, on_race="warn"):
+        warnings.simplefilter("always")
+        x = torch.zeros(8, device=hw.device())
+        with hw.stream_context(hw.create_stream()):
+            y = x + 1
+    hw.synchronize()
+    del y
+    (warning,) = caught
+    text = str(warning.message)
+    assert warning.filename == __file__
+    assert f"{os.path.basename(__file__)}:{warning.lineno} in test_a_warning_is_of" in text
+
+
+def test_a_filter_may_name_the_programs_module(hw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=RaceWarning, module=re.escape(__name__))
+        with Sanitizer(hw, on_race="warn") as sanitizer:
+            x = torch.zeros(8, device=hw.device())
+            with hw.stream_context(hw.create_stream()):
+                y = x + 1
+    assert len(sanitizer.races) == 1
+    hw.synchronize()
+    del y
 
 
 def test_a_race_is_collected(hw):
