@@ -374,9 +374,7 @@ def test_a_layer_norm_has_the_cpus_types(policy, kind):
     "call",
     [
         lambda x: torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, device=x.device)),
-        lambda x: torch.nn.functional.conv_transpose2d(
-            x, torch.ones(4, 4, 3, 3, device=x.device)
-        ),
+        lambda x: torch.nn.functional.conv_transpose2d(x, torch.ones(4, 4, 3, 3, device=x.device)),
         lambda x: x.roll(1, 2),
         lambda x: torch.nn.functional.pixel_shuffle(x, 2),
         lambda x: torch.nn.functional.pixel_unshuffle(x, 2),
