@@ -128,6 +128,11 @@ def to_sim(value):
     return "sim" if is_cpu else value
 
 
+def strides(tensor):
+    """Return the strides of the dimensions that have any elements to step over."""
+    return [by for size, by in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 def different(op, expected, got):
     for one, other in zip(tree_leaves(expected), tree_leaves(got), strict=True):
         if not isinstance(one, torch.Tensor):
@@ -140,6 +145,8 @@ def different(op, expected, got):
             return f"metadata: {one.shape} {one.dtype} is {other.shape} {other.dtype}"
         if op.name in UNINITIALISED:
             continue
+        if one.numel() > 0 and strides(one) != strides(other):
+            return f"strides: {one.stride()} is {other.stride()} of {one.shape}"
         if not torch.allclose(
             one.detach(), other.detach().cpu(), rtol=1e-3, atol=1e-4, equal_nan=True
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -48,6 +49,19 @@ def test_a_denied_operator_is_missing_as_vendors_kernels_are(sim):
         ("reshape", lambda x: x.reshape(2, 2)),
         ("copy_", lambda x: x.cpu()),
         ("view", lambda x: x.view(2, 2)),
+        ("resize_", lambda x: x.clone().resize_(5)),
+        ("_local_scalar_dense", lambda x: x.sum().item()),
+        ("native_dropout", lambda x: torch.native_dropout(x, 0.5, True)),
+        ("native_layer_norm", lambda x: torch.native_layer_norm(x, [4], None, None, 0.1)),
+        ("empty", lambda x: torch.empty(2, device=x.device)),
+        ("empty.memory_format", lambda x: torch.empty(2, device=x.device)),
+        ("empty_strided", lambda x: torch.empty_strided((2,), (1,), device=x.device)),
+        ("set_", lambda x: torch.empty_like(x).set_(x)),
+        ("record_stream", lambda x: x.record_stream(torch.accelerator.current_stream())),
+        (
+            "_thnn_fused_lstm_cell",
+            lambda x: torch.ops.aten._thnn_fused_lstm_cell(x[None], x[None], x[None, :1]),
+        ),
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])
@@ -217,6 +231,49 @@ def test_results_are_on_the_device_of_the_arguments(policy):
     assert torch.zeros_like(x).device == torch.device("sim:1")
 
 
+# --- Inference mode ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda y: torch.abs(y),
+        lambda y: torch.add(y, 1, out=torch.empty(0, device=y.device)),
+        lambda y: torch.nonzero(y, out=torch.empty(0, dtype=torch.long, device=y.device)),
+        lambda y: y.clone().add_(1),
+        lambda y: y.clone().resize_(3).fill_(2),
+        lambda y: y.clone().squeeze_(),
+        lambda y: y.clone().t_(),
+    ],
+)
+def test_tensors_of_inference_mode_can_be_written_and_resized_in_it(policy, call):
+    x = torch.tensor([[1.0, -2.0]])
+    with torch.inference_mode():
+        expected, got = call(torch.neg(x)), call(torch.neg(x.to("sim")))
+        assert got.is_inference()
+        assert values(got) == expected.tolist()
+
+
+def test_tensors_of_before_can_be_written_and_resized_in_inference_mode(policy):
+    x, out, found = torch.ones(2), torch.empty(0), torch.empty(0, dtype=torch.long)
+    x, out, found = x.to("sim"), out.to("sim"), found.to("sim")
+    with torch.inference_mode():
+        torch.add(x, 1, out=out)
+        torch.nonzero(x, out=found)
+        x.add_(1)
+    assert values(out) == values(x) == [2, 2]
+    assert values(found) == [[0], [1]]
+    assert not out.is_inference()
+
+
+def test_writing_a_tensor_of_inference_mode_outside_is_torchs_own_error(policy):
+    with torch.inference_mode():
+        out = torch.empty(0, device="sim")
+    x = torch.ones(2, device="sim")
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside"):
+        torch.add(x, 1, out=out)
+
+
 # --- Shapes that are known before the work runs --------------------------------------------------
 
 
@@ -243,6 +300,104 @@ def test_a_shape_that_depends_on_values_waits_for_the_current_stream(sim):
     x = torch.tensor([0.0, 1.0], device="sim")
     assert x.nonzero().shape == (1, 1)
     assert sim.pending(torch.accelerator.current_stream()) == 0
+
+
+NORMS = [
+    lambda: torch.nn.LayerNorm(8),
+    lambda: torch.nn.GroupNorm(3, 3),
+    lambda: torch.nn.RMSNorm(8),
+    lambda: torch.nn.BatchNorm1d(3),
+    lambda: torch.nn.BatchNorm1d(3).eval(),
+    lambda: torch.nn.BatchNorm1d(3, track_running_stats=False),
+    lambda: torch.nn.InstanceNorm1d(3),
+]
+
+
+@pytest.mark.parametrize("make", NORMS)
+def test_a_normalisation_stays_queued_forwards_and_backwards(sim, make):
+    x = torch.randn(2, 3, 8)
+    norm = make()
+    there = copy.deepcopy(norm).to("sim")
+    x_there = x.to("sim").requires_grad_()
+    x.requires_grad_()
+    expected = norm(x)
+    expected.square().sum().backward()
+    torch.accelerator.synchronize()
+    before = sim.pending()
+    got = there(x_there)
+    assert sim.pending() > before == 0
+    before = sim.pending()
+    got.square().sum().backward()
+    assert sim.pending() > before
+    torch.testing.assert_close(got.cpu(), expected)
+    torch.testing.assert_close(x_there.grad.cpu(), x.grad)
+    for one, other in zip(norm.buffers(), there.buffers(), strict=True):
+        torch.testing.assert_close(other.cpu(), one)
+
+
+@pytest.mark.parametrize("make", NORMS)
+def test_a_normalisation_can_be_captured(sim, make):
+    x, norm = torch.randn(2, 3, 8), make()
+    expected = norm(x)
+    there, x = copy.deepcopy(norm).to("sim"), x.to("sim")
+    torch.accelerator.synchronize()
+    graph = sim.Graph()
+    out = graph.capture(lambda: there(x))
+    graph.replay()
+    torch.testing.assert_close(out.cpu(), expected)
+
+
+def test_a_layer_norm_does_not_hide_a_missing_wait(sim):
+    x, norm = torch.ones(2, 8).to("sim"), torch.nn.LayerNorm(8).to("sim")
+    side = torch.Stream("sim")
+    y = torch.zeros(2, 8, device="sim")
+    torch.accelerator.synchronize()
+    y.add_(3)
+    norm(x)
+    with side:
+        z = y + 1
+    side.synchronize()
+    assert sim.peek(z)[0, 0] == 1
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_layer_norm_has_the_cpus_types(policy, kind):
+    x = torch.randn(2, 8).to(kind)
+    expected = torch.native_layer_norm(x, [8], None, None, 1e-5)
+    got = torch.native_layer_norm(x.to("sim"), [8], None, None, 1e-5)
+    for one, other in zip(got, expected, strict=True):
+        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
+        assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.nn.functional.conv2d(x, torch.ones(4, 4, 3, 3, device=x.device)),
+        lambda x: torch.nn.functional.conv_transpose2d(x, torch.ones(4, 4, 3, 3, device=x.device)),
+        lambda x: x.roll(1, 2),
+        lambda x: torch.nn.functional.pixel_shuffle(x, 2),
+        lambda x: torch.nn.functional.pixel_unshuffle(x, 2),
+        lambda x: torch.nn.functional.layer_norm(x, [6]),
+        lambda x: torch.nn.functional.group_norm(x, 2),
+        lambda x: torch.nn.functional.batch_norm(x, None, None, training=True),
+        lambda x: torch.nn.functional.max_pool2d(x, 2),
+        lambda x: x + 1,
+    ],
+)
+def test_results_have_the_cpus_strides(policy, call):
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
+    got, expected = call(x.to("sim")), call(x)
+    assert got.stride() == expected.stride()
+    torch.testing.assert_close(got.cpu(), expected)
+
+
+def test_one_bad_call_does_not_make_good_ones_wait(sim):
+    x = torch.ones(3, 2).to("sim")
+    with pytest.raises(RuntimeError, match="p"):
+        torch.ops.aten._cdist_forward(x, x, -1.0, None)
+    torch.ops.aten._cdist_forward(x, x, 2.0, None)
+    assert sim.pending(torch.accelerator.current_stream()) == 1
 
 
 def test_a_custom_operator_without_metadata_works_by_waiting(policy):
@@ -324,6 +479,27 @@ def draws(device):
 
 def test_equal_seeds_give_the_cpus_numbers(policy):
     for one, other in zip(draws("sim"), draws("cpu"), strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda p: torch.nn.functional.rrelu(-p, training=True),
+        lambda p: torch.nn.functional.rrelu_(-p, training=True),
+        lambda p: torch.poisson(p * 30),
+        lambda p: torch._standard_gamma(p),
+        lambda p: torch.binomial((p * 10).ceil(), p),
+        lambda p: torch._sample_dirichlet(p),
+    ],
+)
+def test_draws_whose_number_depends_on_values_neither_repeat_nor_drift(policy, draw):
+    p = torch.full((5,), 0.3)
+    torch.manual_seed(3)
+    expected = [draw(p), draw(p), torch.rand(3)]
+    torch.manual_seed(3)
+    got = [draw(p.to("sim")), draw(p.to("sim")), torch.rand(3, device="sim")]
+    for one, other in zip(got, expected, strict=True):
         assert torch.equal(one.cpu(), other)
 
 

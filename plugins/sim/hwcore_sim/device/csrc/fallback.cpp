@@ -53,14 +53,17 @@ void deny(const std::string& op, const std::vector<std::string>& overloads) {
   if (denied().composites.count(op)) return;
   auto& kernels = denied().composites[op];
   const bool dotted = op.find('.') != std::string::npos;
+  Silent silent;  // of torch's warning that a kernel is replaced
   for (const auto& full : overloads) {
     const auto dot = full.find('.');
     const auto handle = c10::Dispatcher::singleton().findSchema(
         {full.substr(0, dot), dot == std::string::npos ? "" : full.substr(dot + 1)});
-    // Made of other operators, such a one never comes to the fallback: give it a kernel that
-    // does nothing else. torch's in-between kind gets there as another overload of its name.
-    if (!handle || handle->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
-    if (!handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
+    // Made of other operators, or with a kernel of its own, such a one never comes to the
+    // fallback: give it a kernel that does nothing else. torch's in-between kind gets there as
+    // another overload of its name.
+    if (!handle) continue;
+    if (!handle->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1) &&
+        !handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
         !handle->hasKernelForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd) &&
         !(dotted && handle->hasKernelForDispatchKey(
                         c10::DispatchKey::CompositeExplicitAutogradNonFunctional))) {
@@ -140,16 +143,17 @@ DeviceIndex device_of_call(const OperatorInfo& info, const Stack& arguments) {
 
 // --- Arguments as the CPU's kernel gets them -----------------------------------------------------
 
-Tensor for_cpu(const Tensor& tensor) { return on_sim(tensor) ? alias_on_cpu(tensor) : tensor; }
+Tensor as_it_is(const Tensor& tensor) { return tensor; }
 
 // What is queued must not change with a host tensor that the caller goes on writing to.
-Tensor for_later(const Tensor& tensor) {
-  if (on_sim(tensor)) return alias_on_cpu(tensor);
+Tensor as_it_is_now(const Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->is_wrapped_number() ? tensor : tensor.clone();
 }
 
-template <class F>
-Stack cpu_arguments(const Stack& arguments, F&& map) {
+// `of_host` maps the tensors that are on the CPU already.
+Stack cpu_arguments(const Stack& arguments, Tensor (*of_host)(const Tensor&)) {
+  Aliases aliases;
+  const auto map = [&](const Tensor& t) { return on_sim(t) ? aliases.of(t) : of_host(t); };
   Stack mapped;
   mapped.reserve(arguments.size());
   for (const auto& value : arguments) {
@@ -200,8 +204,20 @@ at::Generator generator_of(const OperatorInfo& info, const Stack& arguments, Dev
   return value.isNone() ? default_generator(device) : value.toGenerator();
 }
 
+// Operators that draw more or fewer numbers for other values.
+bool draws_by_value(const OperatorInfo& info) {
+  static const std::set<std::string> kNames = {
+      "aten::_sample_dirichlet",   "aten::_standard_gamma",
+      "aten::binomial",            "aten::poisson",
+      "aten::rrelu_with_noise",    "aten::rrelu_with_noise_",
+      "aten::rrelu_with_noise_functional",
+  };
+  return kNames.count(info.name) > 0;
+}
+
 // Take from `ours` what the call will draw: its state now, advanced past it by a trial run on
-// inputs of the same shape. Returns nothing if the trial fails.
+// inputs of the same shape. That holds where the count of draws depends on shapes alone, which
+// is what `draws_by_value` is for. Returns nothing if the trial fails.
 std::optional<at::Generator> reserve(const OperatorHandle& op, const OperatorInfo& info,
                                      Stack arguments, Generator* ours) {
   std::lock_guard<std::mutex> lock(ours->mutex_);
@@ -281,7 +297,7 @@ void reshape(const OperatorInfo& info, const Stack& arguments, const Shapes& sha
     size_t element = 0;
     for_each_tensor(arguments[it.argument], [&](const Tensor& t) {
       if (element++ != it.element) return;
-      if (info.arguments[it.argument].is_out) at::native::resize_output(t, it.sizes);
+      if (info.arguments[it.argument].is_out) resize_out(t, it.sizes);
       set_shape(t, it.sizes, it.strides);
     });
   }
@@ -296,8 +312,9 @@ void run_now(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex dev
     c10::InferenceMode no_grad(false);
     const auto shapes = info.has_out ? shapes_of(op, arguments) : nullptr;
     if (shapes && shapes->known) reshape(info, arguments, *shapes);
-    cpu = cpu_arguments(arguments, for_cpu);
-    for (size_t i = 0; shapes && !shapes->known && i < arguments.size(); ++i) {
+    cpu = cpu_arguments(arguments, as_it_is);
+    const bool apart = shapes && !shapes->known && !shapes->overlap;
+    for (size_t i = 0; apart && i < arguments.size(); ++i) {
       // Who knows what shape it will get: the kernel writes into another tensor.
       if (!info.arguments[i].is_out) continue;
       cpu[i] = map_tensors(arguments[i], [&](const Tensor& t) {
@@ -316,7 +333,7 @@ void run_now(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex dev
     op.callBoxed(&cpu);
   }
   for (auto& [to, from] : outs) {
-    if (to.sizes() != from.sizes()) at::native::resize_output(to, from.sizes());
+    if (to.sizes() != from.sizes()) resize_out(to, from.sizes());
     copy_result(alias_on_cpu(to), from);
   }
   push_returns(info, arguments, cpu, stack,
@@ -326,9 +343,10 @@ void run_now(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex dev
 // Queue the call; false if it has to run now for its shapes or its random numbers.
 bool run_later(const OperatorHandle& op, const OperatorInfo& info, DeviceIndex device, Queue* queue,
                const Stack& arguments, const Shapes& shapes, Stack* stack) {
+  if (info.generator >= 0 && draws_by_value(info)) return false;
   c10::InferenceMode no_grad(false);
   reshape(info, arguments, shapes);
-  Stack cpu = cpu_arguments(arguments, for_later);
+  Stack cpu = cpu_arguments(arguments, as_it_is_now);
   std::shared_ptr<Call> call;
   if (info.generator >= 0) {
     const at::Generator ours = generator_of(info, arguments, device);
@@ -414,6 +432,11 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&convolution>());
   m.impl("convolution_backward_overrideable",
          torch::CppFunction::makeFromBoxedFunction<&convolution_backward>());
+  // These torch composes of others for devices without a kernel, with other strides or waits.
+  for (const char* name : {"native_channel_shuffle", "native_group_norm", "native_layer_norm",
+                           "pixel_shuffle", "pixel_unshuffle"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run>());
+  }
 }
 
 }  // namespace sim

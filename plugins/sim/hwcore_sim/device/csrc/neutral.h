@@ -3,6 +3,7 @@
 
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
 
 namespace sim {
 
@@ -25,6 +26,15 @@ struct Neutral {
     local.excluded_ = local.excluded_ | kModes;
     return local;
   }
+};
+
+// Drops warnings: of metadata functions, for they come once, when the operator runs.
+struct Silent {
+  struct Handler : c10::WarningHandler {
+    void process(const c10::Warning&) override {}
+  };
+  Handler handler;
+  c10::WarningUtils::WarningHandlerGuard guard{&handler};
 };
 
 }  // namespace sim

@@ -1,9 +1,12 @@
 #include "shapes.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/MemoryOverlap.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <unordered_map>
@@ -15,16 +18,35 @@
 namespace sim {
 namespace {
 
-// Operators whose metadata function and CPU kernel disagree about the shape or type of a result.
-const std::set<std::string> kDisagreeing = {
+// Operators whose metadata function and CPU kernel disagree about the shape, strides or type of a
+// result, where none of these depends on values: the kernel itself says them, run once on zeros.
+const std::set<std::string> kAsOnCpu = {
     "aten::_batch_norm_impl_index",
     "aten::_batch_norm_no_update",
     "aten::_batch_norm_with_update",
-    "aten::_embedding_bag",
-    "aten::_embedding_bag_forward_only",
     "aten::_native_batch_norm_legit",
     "aten::_native_batch_norm_legit_no_training",
+    "aten::_fft_r2c",
+    "aten::batch_norm_backward",
+    "aten::convolution",
+    "aten::convolution_backward",
+    "aten::linalg_eig",
     "aten::native_batch_norm",
+    "aten::native_batch_norm_backward",
+    "aten::native_channel_shuffle",
+    "aten::native_group_norm",
+    "aten::native_group_norm_backward",
+    "aten::native_layer_norm",
+    "aten::native_layer_norm_backward",
+    "aten::pixel_shuffle",
+    "aten::pixel_unshuffle",
+    "aten::roll",
+};
+
+// Operators whose metadata function is wrong, and whose results the values have a say in.
+const std::set<std::string> kDisagreeing = {
+    "aten::_embedding_bag",
+    "aten::_embedding_bag_forward_only",
     "aten::quantize_per_channel",
     "aten::quantize_per_tensor",
     "aten::quantize_per_tensor_dynamic",
@@ -108,24 +130,102 @@ bool put_value(std::string& key, const c10::IValue& value, bool value_only) {
   return true;
 }
 
+int64_t first_byte(const at::Tensor& tensor) {
+  return tensor.storage_offset() * int64_t(tensor.itemsize());
+}
+
+// Note which arguments share memory, and where.
+void put_sharing(std::string& key, const Stack& arguments) {
+  std::unordered_map<const c10::StorageImpl*, std::pair<size_t, int64_t>> seen;
+  size_t count = 0;
+  for (const auto& value : arguments) {
+    for_each_tensor(value, [&](const at::Tensor& t) {
+      const std::pair<size_t, int64_t> place{count++, first_byte(t)};
+      const auto& [first, byte] =
+          seen.emplace(t.storage().unsafeGetStorageImpl(), place).first->second;
+      put(key, first);
+      put(key, place.second - byte);
+    });
+  }
+}
+
+// Whether an argument that is written overlaps with itself or another: most kernels refuse some
+// of that, and metadata functions do not look.
+bool overlapping(const OperatorInfo& info, const Stack& arguments) {
+  std::vector<at::Tensor> written, all;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    for_each_tensor(arguments[i], [&](const at::Tensor& t) {
+      all.push_back(t);
+      if (info.arguments[i].written) written.push_back(t);
+    });
+  }
+  for (const auto& one : written) {
+    if (at::has_internal_overlap(one) == at::MemOverlap::Yes) return true;
+    size_t overlaps = 0;  // one of them with itself
+    for (const auto& other : all) {
+      overlaps += other.storage().is_alias_of(one.storage()) &&
+                  at::get_overlap_status(one, other) != at::MemOverlapStatus::No;
+    }
+    if (overlaps > 1) return true;
+  }
+  return false;
+}
+
+at::Tensor with_bits(at::Tensor made, const at::Tensor& of) {
+  auto* impl = made.unsafeGetTensorImpl();
+  if (of.is_conj()) impl->_set_conj(true);
+  if (of.is_neg()) impl->_set_neg(true);
+  return made;
+}
+
 at::Tensor to_meta(const at::Tensor& tensor) {
   // Python's numbers stay as they are: metadata functions in Python cannot take them on `meta`.
   if (tensor.is_cpu() && tensor.unsafeGetTensorImpl()->is_wrapped_number()) return tensor;
-  auto meta =
-      at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type());
-  auto* impl = meta.unsafeGetTensorImpl();
-  if (tensor.is_conj()) impl->_set_conj(true);
-  if (tensor.is_neg()) impl->_set_neg(true);
-  return meta;
+  return with_bits(
+      at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type()),
+      tensor);
 }
 
-// Warnings come once: when the operator runs.
-struct Silent {
-  struct Handler : c10::WarningHandler {
-    void process(const c10::Warning&) override {}
+// CPU tensors of zeros in the place of a call's, that overlap as those do.
+class Zeros {
+ public:
+  explicit Zeros(const Stack& arguments) {
+    for (const auto& value : arguments) {
+      for_each_tensor(value, [&](const at::Tensor& t) {
+        auto& block = blocks_[t.storage().unsafeGetStorageImpl()];
+        const int64_t begin = first_byte(t) / kAlignment * kAlignment;
+        const int64_t end = int64_t(at::detail::computeStorageNbytes(
+            t.sizes(), t.strides(), t.itemsize(), t.storage_offset()));
+        block.begin = std::min(block.begin, begin);
+        block.end = std::max(block.end, end);
+      });
+    }
+  }
+
+  at::Tensor of(const at::Tensor& tensor) {
+    if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) return tensor;
+    auto& block = blocks_.at(tensor.storage().unsafeGetStorageImpl());
+    if (!block.bytes.defined()) {
+      const int64_t size = std::max<int64_t>(block.end - block.begin, 0);
+      block.bytes = at::detail::empty_cpu({size}, at::kByte);
+      block.bytes.zero_();
+    }
+    auto zeros = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(block.bytes.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU),
+        tensor.dtype());
+    zeros.unsafeGetTensorImpl()->set_sizes_and_strides(
+        tensor.sizes(), tensor.strides(),
+        (first_byte(tensor) - block.begin) / int64_t(tensor.itemsize()));
+    return with_bits(zeros, tensor);
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 64;  // of every type
+  struct Block {
+    int64_t begin = std::numeric_limits<int64_t>::max(), end = 0;
+    at::Tensor bytes;
   };
-  Handler handler;
-  c10::WarningUtils::WarningHandlerGuard guard{&handler};
+  std::unordered_map<const c10::StorageImpl*, Block> blocks_;
 };
 
 std::vector<at::Tensor> tensors_in(const c10::IValue& value) {
@@ -134,30 +234,41 @@ std::vector<at::Tensor> tensors_in(const c10::IValue& value) {
   return found;
 }
 
-Shapes infer(const c10::OperatorHandle& op, const OperatorInfo& info, const Stack& arguments) {
+Shapes infer(const c10::OperatorHandle& op, const OperatorInfo& info, const Stack& arguments,
+             bool overlap) {
   Shapes shapes;
+  const bool on_cpu = overlap || kAsOnCpu.count(info.name) > 0;
+  Zeros zeros(on_cpu ? arguments : Stack());
+  shapes.overlap = overlap;
   Neutral neutral;
   Silent silent;
   Stack stack;
   for (const auto& value : arguments) {
     if (value.isDevice()) {
-      stack.emplace_back(c10::Device(c10::DeviceType::Meta));
+      stack.emplace_back(c10::Device(on_cpu ? c10::DeviceType::CPU : c10::DeviceType::Meta));
     } else if (value.isGenerator()) {
       stack.emplace_back();
     } else {
-      stack.push_back(map_tensors(value, to_meta));
+      stack.push_back(map_tensors(
+          value, [&](const at::Tensor& t) { return on_cpu ? zeros.of(t) : to_meta(t); }));
     }
   }
   const Stack inputs = stack;
   try {
     op.callBoxed(&stack);
-  } catch (const std::exception&) {
-    // No metadata function, or one that needs values, or bad arguments: for the last the CPU's
-    // kernel has the better words.
+  } catch (const c10::NotImplementedError&) {
     shapes.why = "has no metadata function for these arguments";
     return shapes;
+  } catch (const std::exception&) {
+    // Bad arguments, for which the CPU's kernel has the better words, or a function that needs
+    // values.
+    shapes.why = "has no metadata function for these arguments";
+    shapes.passing = true;
+    return shapes;
   }
-  shapes.returns = std::move(stack);
+  for (auto& it : stack) {
+    shapes.returns.push_back(on_cpu ? map_tensors(it, to_meta) : std::move(it));
+  }
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!info.arguments[i].written) continue;
     const auto before = tensors_in(arguments[i]);
@@ -218,14 +329,20 @@ std::shared_ptr<const Shapes> shapes_of(const c10::OperatorHandle& op, const Sta
   for (size_t i = 0; i < arguments.size() && told; ++i) {
     told = put_value(key, arguments[i], info.arguments[i].value_only);
   }
-  if (!told) return std::make_shared<const Shapes>(infer(op, info, arguments));
+  const bool overlap = info.generator < 0 && overlapping(info, arguments);
+  if (overlap) {
+    key.push_back('o');
+    put_sharing(key, arguments);
+  }
+  if (!told) return std::make_shared<const Shapes>(infer(op, info, arguments, overlap));
   {
     std::lock_guard<std::mutex> lock(memo().mutex);
     auto found = memo().entries.find(key);
     if (found != memo().entries.end()) return found->second;
   }
   const std::string mine = key;  // inference may come here again
-  auto shapes = std::make_shared<const Shapes>(infer(op, info, arguments));
+  auto shapes = std::make_shared<const Shapes>(infer(op, info, arguments, overlap));
+  if (shapes->passing) return shapes;
   std::lock_guard<std::mutex> lock(memo().mutex);
   if (memo().entries.size() >= kRemembered) memo().entries.clear();
   memo().entries[mine] = shapes;

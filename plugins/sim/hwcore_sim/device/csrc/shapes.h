@@ -22,9 +22,11 @@ struct Shapes {
     std::vector<int64_t> sizes, strides;
   };
 
-  bool known = false;  // false: only running the operator tells
-  std::string why;     // if not known
-  Stack returns;       // with tensors on `meta`
+  bool known = false;    // false: only running the operator tells
+  std::string why;       // if not known
+  bool passing = false;  // not known for what may be bad values: not to be remembered
+  bool overlap = false;  // an argument that is written overlaps with another
+  Stack returns;         // with tensors on `meta`
   std::vector<Reshaped> reshaped;
 };
 

@@ -3,6 +3,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_copy_from.h>
 #include <ATen/ops/bernoulli.h>
@@ -55,12 +56,21 @@ void check_in_bounds(const Tensor& tensor) {
 
 }  // namespace
 
-Tensor alias_on_cpu(const Tensor& tensor) {
+Tensor alias_on_cpu(const Tensor& tensor) { return Aliases().of(tensor); }
+
+Tensor Aliases::of(const Tensor& tensor) {
   check_in_bounds(tensor);
   const auto& storage = tensor.storage();
-  c10::Storage bytes(c10::Storage::use_byte_size_t{}, storage.nbytes(),
-                     c10::DataPtr(storage.mutable_data(), c10::Device(c10::DeviceType::CPU)),
-                     /*allocator=*/nullptr, /*resizable=*/false);
+  c10::Storage bytes;
+  for (const auto& [of, its] : made_) {
+    if (of == storage.unsafeGetStorageImpl()) bytes = its;
+  }
+  if (!bytes) {
+    bytes = c10::Storage(c10::Storage::use_byte_size_t{}, storage.nbytes(),
+                         c10::DataPtr(storage.mutable_data(), c10::Device(c10::DeviceType::CPU)),
+                         /*allocator=*/nullptr, /*resizable=*/false);
+    made_.emplace_back(storage.unsafeGetStorageImpl(), bytes);
+  }
   auto alias = at::detail::make_tensor<c10::TensorImpl>(
       std::move(bytes), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
   auto* impl = alias.unsafeGetTensorImpl();
@@ -69,6 +79,11 @@ Tensor alias_on_cpu(const Tensor& tensor) {
   if (tensor.is_neg()) impl->_set_neg(true);
   if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
   return alias;
+}
+
+void resize_out(const Tensor& tensor, IntArrayRef sizes) {
+  c10::InferenceMode mode(tensor.is_inference());
+  at::native::resize_output(tensor, sizes);
 }
 
 void copy_result(const Tensor& to, const Tensor& from) {
@@ -153,8 +168,11 @@ void host_to_device(const Tensor& from, const Tensor& to, bool non_blocking) {
     return;
   }
   refuse_while_capturing(queue, "copied from host memory that is not pinned, or while blocking");
-  c10::InferenceMode no_grad(false);
-  submit(queue, copy_work(alias_on_cpu(to), from.clone()));
+  {
+    c10::InferenceMode no_grad(false);
+    submit(queue, copy_work(alias_on_cpu(to), from.clone()));
+  }
+  if (!non_blocking) synchronize(queue, "copied from the host while blocking");
 }
 
 void device_to_host(const Tensor& from, const Tensor& to, bool non_blocking) {
@@ -190,6 +208,8 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   TORCH_CHECK(at::is_expandable_to(from.sizes(), to.sizes()), "output with shape ", to.sizes(),
               " doesn't match the broadcast shape ", from.sizes());
   if (to.numel() == 0) return to;
+  at::assert_no_internal_overlap(to);
+  at::assert_no_overlap(to, from);
   if (!on_sim(from)) {
     TORCH_CHECK_NOT_IMPLEMENTED(from.layout() == c10::kStrided && !from.is_quantized(),
                                 device_name(), ": copy got a tensor of layout ", from.layout(),

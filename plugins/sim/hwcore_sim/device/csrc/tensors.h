@@ -3,6 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <utility>
+#include <vector>
+
 #include "streams.h"
 
 namespace sim {
@@ -15,6 +18,19 @@ at::Tensor make_tensor(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::Sc
 // A CPU tensor over the same bytes, which it does not own: what queued work holds. It keeps the
 // memory's address, not the memory; a program that frees it too early gets wrong values.
 at::Tensor alias_on_cpu(const at::Tensor& tensor);
+
+// Such tensors for one call: those of one storage share one, as kernels that look for arguments
+// that overlap need it.
+class Aliases {
+ public:
+  at::Tensor of(const at::Tensor& tensor);
+
+ private:
+  std::vector<std::pair<const c10::StorageImpl*, c10::Storage>> made_;
+};
+
+// Give an out= argument other sizes, in the inference mode that it was made in.
+void resize_out(const at::Tensor& tensor, c10::IntArrayRef sizes);
 
 // Give a tensor new sizes (and strides: contiguous if empty), with more memory if need be.
 void set_shape(const at::Tensor& tensor, c10::IntArrayRef sizes, c10::IntArrayRef strides);
