@@ -13,6 +13,7 @@ from hwcore_sim.device.registration import (
     device_type,
     native,
     parse_policy,
+    started_drain,
     stream_key,
 )
 
@@ -85,15 +86,7 @@ def get_drain_policy(stream: Stream | None = None) -> str:
         native().stream_policy(*key)  # raises for a stream from before a reset
         if key in _stream_policies:
             return _stream_policies[key]
-    return native_policy() if _device_policy is None else _device_policy
-
-
-def native_policy() -> str:
-    """Return the policy that the process started with."""
-    import os
-
-    native()
-    return os.environ.get("HWCORE_SIM_DRAIN") or "lazy"
+    return started_drain() if _device_policy is None else _device_policy
 
 
 @contextlib.contextmanager

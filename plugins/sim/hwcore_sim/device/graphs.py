@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, describe
+from hwcore.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    CapabilityError,
+    CaptureError,
+    describe,
+)
 from hwcore_sim.device.registration import device_type, native, stream_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hwcore.types import Stream
 
@@ -27,8 +33,9 @@ __all__ = [
 
 T = TypeVar("T")
 
-_capture_streams: dict[int, torch.Stream] = {}
-"""By device: the stream that captures run on where the caller names none."""
+_idle_streams: dict[int, list[torch.Stream]] = {}
+"""By device: streams for captures where the caller names none. The last is taken first, so there
+are as many as captures ran at once."""
 
 
 class GraphPool:
@@ -101,7 +108,7 @@ class Graph:
         fn : callable without arguments
             Called exactly once.
         stream : torch.Stream, optional
-            Where to capture; default: a stream kept for it.
+            Where to capture; default: a stream kept for it, another one in each thread.
         pool : GraphPool, optional
             Memory to share with other graphs.
 
@@ -128,8 +135,10 @@ class Graph:
         if self._closed or self._native is not None:
             state = "closed" if self._closed else "captured already"
             _misuse(f"Graph.capture: the graph is {state}; expected an empty one. Make a new Graph")
-        if stream is None:
-            stream = _capture_stream()
+        with _capture_stream() if stream is None else contextlib.nullcontext(stream) as chosen:
+            return self._capture(fn, chosen, pool)
+
+    def _capture(self, fn: Callable[[], T], stream: Stream, pool: GraphPool | None) -> T:
         key = stream_key("Graph.capture", stream)
         graph = native().Graph(pool._native if pool is not None else native().Pool())
         with stream:
@@ -171,15 +180,23 @@ class Graph:
         self._closed = True
 
 
-def _capture_stream() -> torch.Stream:
+@contextlib.contextmanager
+def _capture_stream() -> Iterator[torch.Stream]:
+    """Lend a stream to one capture."""
     index = native().current_device()
-    stream = _capture_streams.get(index)
-    if stream is not None:
-        with contextlib.suppress(Exception):  # from before a reset
-            native().stream_policy(index, stream.stream_id)
-            return stream
-    _capture_streams[index] = torch.Stream(torch.device(device_type(), index))
-    return _capture_streams[index]
+    idle = _idle_streams.setdefault(index, [])
+    stream = None
+    while stream is None and idle:
+        with contextlib.suppress(IndexError, CapabilityError):  # taken, or from before a reset
+            candidate = idle.pop()
+            native().stream_policy(index, candidate.stream_id)
+            stream = candidate
+    if stream is None:
+        stream = torch.Stream(torch.device(device_type(), index))
+    try:
+        yield stream
+    finally:
+        idle.append(stream)
 
 
 def _refused(fault: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwcore.errors import ArgumentTypeError, describe
+from hwcore.errors import ArgumentTypeError, CapabilityError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,18 @@ def make(name: str, native: Any) -> types.ModuleType:
 
 
 def _index(name: str, native: Any, device: Any) -> int:
-    """Return the index that a device argument of torch's functions means."""
+    """Return the index of the device that an argument of torch's functions means."""
+    index, count = _parsed(name, native, device), native.device_count()
+    if index == -1:  # torch's way to say: the current one
+        return int(native.current_device())
+    if not 0 <= index < count:
+        expected = f"0 to {count - 1}, for there are {count} simulated devices"
+        fix = "Name one of them, or set HWCORE_SIM_DEVICES before the process starts"
+        raise CapabilityError(describe(f"torch.{name}", "`device`", device, expected, fix))
+    return index
+
+
+def _parsed(name: str, native: Any, device: Any) -> int:
     if device is None:
         return int(native.current_device())
     if isinstance(device, int) and not isinstance(device, bool):
@@ -52,7 +63,7 @@ def _devices(name: str, native: Any) -> dict[str, Any]:
         """A context in which a device is current; None and negative indices change nothing."""
 
         def __init__(self, device: Any) -> None:
-            self.index = -1 if device is None else _index(name, native, device)
+            self.index = -1 if device is None else _parsed(name, native, device)
             self.before = -1
 
         def __enter__(self) -> None:

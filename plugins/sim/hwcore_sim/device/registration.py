@@ -35,6 +35,7 @@ _lock = threading.Lock()
 _name: str | None = None
 _native: Any = None
 _module: Any = None
+_drain = "lazy"
 
 
 class Settings:
@@ -70,7 +71,7 @@ def start(name: str | None = None) -> Any:
     CapabilityError
         If the device cannot be built, or torch's slot for such devices is taken.
     """
-    global _name, _native, _module
+    global _name, _native, _module, _drain
     with _lock:
         settings = Settings(name if name is not None or _name is None else _name)
         if _name is not None:
@@ -96,7 +97,7 @@ def start(name: str | None = None) -> Any:
         _module = module.make(settings.name, _native)
         torch._register_device_module(settings.name, _module)  # type: ignore[no-untyped-call]
         backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
-        _name = settings.name
+        _name, _drain = settings.name, settings.drain
         return _module
 
 
@@ -124,6 +125,12 @@ def native() -> Any:
         )
         raise CapabilityError(message)
     return _native
+
+
+def started_drain() -> str:
+    """Return the drain policy that the device started with, whatever the environment says now."""
+    native()
+    return _drain
 
 
 def device_type() -> str:

@@ -262,6 +262,93 @@ def test_inputs_that_the_caller_drops_are_kept(sim, graph):
     del others
 
 
+def test_memory_from_outside_that_is_freed_inside_a_capture_is_not_the_graphs(sim, graph, x):
+    """Warm-up on the stream that then captures, and what it made is replaced."""
+    stream, held = torch.Stream("sim"), {}
+
+    def step():
+        held["h"] = x[0].expand(1000) + 1
+        return held["h"] * 2
+
+    with stream:
+        step()
+    stream.synchronize()
+    graph.capture(step, stream=stream)
+    with stream:
+        others = [torch.full((1000,), 9.0, device="sim") for _ in range(5)]
+        stream.synchronize()
+        graph.replay()
+    stream.synchronize()
+    assert all(sim.peek(other).eq(9).all() for other in others)
+
+
+def test_what_another_graph_wrote_is_not_poisoned_by_a_replay(sim, x):
+    """A's memory, freed while B captures on the same stream, is of A's pool."""
+    stream, pool, held = torch.Stream("sim"), sim.graph_pool(), []
+    a, b, c = sim.Graph(), sim.Graph(), sim.Graph()
+    a.capture(lambda: held.append(x[0].expand(1000) + 1), stream=stream, pool=pool)
+    address = held[0].data_ptr()
+    b.capture(lambda: (held.clear(), x + 1), stream=stream)
+    out = c.capture(lambda: x[0].expand(1000) + 1, stream=stream, pool=pool)
+    assert out.data_ptr() == address
+    c.replay()
+    b.replay()
+    assert values(out) == [2] * 1000
+    for graph in (a, b, c):
+        graph.close()
+
+
+def test_an_input_that_is_resized_gives_a_wrong_value_and_no_crash(python):
+    done = python(
+        """
+        from hwcore_sim import device
+        device.start()
+        import torch
+        x, graph = torch.ones(1 << 20, device="sim"), device.Graph()
+        out = graph.capture(lambda: x + 1)
+        x.resize_(1 << 21)
+        torch.accelerator.synchronize()
+        torch.accelerator.empty_cache()
+        graph.replay()
+        torch.accelerator.synchronize()
+        print(device.peek(out)[0].item() != 2)
+        """
+    )
+    assert (done.status, done.output) == (0, "True"), done.errors
+
+
+def test_a_resize_inside_a_capture_reads_memory_that_is_kept(python):
+    done = python(
+        """
+        from hwcore_sim import device
+        device.start()
+        import torch
+        x = torch.ones(1 << 20, device="sim")
+        torch.accelerator.synchronize()
+        graph = device.Graph()
+        graph.capture(lambda: x.resize_(1 << 21))
+        torch.accelerator.empty_cache()
+        graph.replay()
+        torch.accelerator.synchronize()
+        print("alive")
+        """
+    )
+    assert (done.status, done.output) == (0, "alive"), done.errors
+
+
+def test_memory_of_a_resized_input_comes_back_with_close(sim):
+    torch.accelerator.empty_cache()
+    x, graph = torch.ones(1 << 20, device="sim"), sim.Graph()
+    graph.capture(lambda: x.add_(1))
+    x.resize_(1 << 21)
+    torch.accelerator.synchronize()
+    torch.accelerator.empty_cache()
+    reserved = torch.accelerator.memory_reserved()
+    graph.close()
+    torch.accelerator.empty_cache()
+    assert torch.accelerator.memory_reserved() == reserved - (4 << 20)
+
+
 # --- What cannot be captured ---------------------------------------------------------------------
 
 

@@ -86,6 +86,14 @@ def test_cached_blocks_make_room_before_memory_runs_out(sim):
     assert sim.memory_stats()["num_alloc_retries"] > 0
 
 
+def test_beyond_the_capacity_inside_a_host_function_is_the_same_error(sim):
+    torch.accelerator.empty_cache()
+    sim.set_memory_capacity(torch.accelerator.memory_reserved() + MIB)
+    sim.launch_host_function(lambda: torch.empty(MIB, device="sim"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"allocate got 4\.00 MiB on sim:0"):
+        torch.accelerator.synchronize()
+
+
 def test_sizes_beyond_all_memory_are_the_same_error(sim):
     for size in (1 << 40, 1 << 60):
         with pytest.raises(torch.OutOfMemoryError):
@@ -204,6 +212,22 @@ def test_after_its_copy_a_pinned_block_is_reused(sim):
     del host
     torch.accelerator.synchronize()
     assert torch.empty(1000, pin_memory=True).data_ptr() == address
+
+
+@pytest.mark.parametrize("size", [1000, 16 * MIB])
+def test_new_and_recycled_pinned_memory_holds_poison(sim, size):
+    for _ in range(2):
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        assert host.eq(0xDD).all()
+        host.fill_(1)
+        del host
+
+
+def test_a_missing_wait_for_a_copy_to_the_host_gives_a_wrong_value_every_time(sim):
+    x = torch.full((4,), 3.0, device="sim")
+    for _ in range(3):
+        assert x.to("cpu", non_blocking=True).tolist() != [3] * 4
+        torch.accelerator.synchronize()
 
 
 def test_an_unknown_reuse_is_an_error(sim):

@@ -429,6 +429,20 @@ def test_a_policy_that_is_no_text_is_an_error(sim, policy):
         sim.set_drain_policy(policy)
 
 
+def test_a_random_order_leaves_a_stream_with_a_policy_of_its_own_alone(sim):
+    lazy = torch.Stream("sim")
+    sim.set_drain_policy("lazy", lazy)
+    for seed in range(5):
+        with sim.drain_policy(f"random:{seed}"):
+            with lazy:
+                x = torch.ones(2, device="sim")
+            for _ in range(10):
+                torch.ones(2, device="sim")
+            assert sim.pending(lazy) == seed + 1
+    lazy.synchronize()
+    assert sim.peek(x).tolist() == [1, 1]
+
+
 def test_one_stream_cannot_have_a_random_order(sim):
     with pytest.raises(ArgumentValueError, match="Set it for the device"):
         sim.set_drain_policy("random:1", torch.Stream("sim"))

@@ -140,6 +140,16 @@ def test_the_first_drain_policy_is_the_environments(python):
     assert python(code, HWCORE_SIM_DRAIN="eager").output.split() == ["eager", "0", "eager"]
 
 
+def test_the_first_drain_policy_is_that_of_the_start(python):
+    code = f"""
+        {START}
+        import os
+        os.environ["HWCORE_SIM_DRAIN"] = "eager"
+        print(device.get_drain_policy())
+        """
+    assert python(code, HWCORE_SIM_DRAIN="random:7").output == "random:7"
+
+
 def test_the_slot_taken_by_another_device_is_an_error_that_names_it(python):
     done = python(f"import torch; torch.utils.rename_privateuse1_backend('acme'); {START}")
     assert done.error.startswith("hwcore.errors.CapabilityError: start: torch's slot")

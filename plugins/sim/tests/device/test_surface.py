@@ -434,3 +434,31 @@ def test_the_device_module_has_what_programs_call(sim):
     assert torch.ones(1).sim("sim:1").device == torch.device("sim:1")
     with pytest.raises(CapabilityError):
         module.set_device(9)
+
+
+@pytest.mark.parametrize("index", [2, 5, 100, 200, 256, 300, -2, -3, 1 << 70])
+def test_a_device_that_is_not_there_is_refused_by_every_function_of_the_module(sim, index):
+    module, state = torch.sim, torch.sim.get_rng_state()
+    for use in (
+        module.current_stream,
+        module.default_stream,
+        module.get_device_name,
+        module.get_device_properties,
+        module.get_rng_state,
+        lambda at: module.set_rng_state(state, at),
+        module.max_memory_allocated,
+        module.mem_get_info,
+        module.memory_allocated,
+        module.memory_stats,
+        module.reset_peak_memory_stats,
+        module.set_device,
+        module.synchronize,
+        module.Stream,
+    ):
+        with pytest.raises(CapabilityError, match="expected 0 to 1, for there are 2 simulated"):
+            use(index)
+
+
+def test_minus_one_is_the_current_device(sim):
+    torch.sim.set_device(1)
+    assert torch.sim.get_device_name(-1) == torch.sim.get_device_name() == "simulated sim:1"

@@ -6,6 +6,8 @@ import threading
 
 import torch
 
+from hwcore.errors import CaptureError
+
 LIMIT_S = 60
 
 
@@ -155,6 +157,68 @@ def test_captures_in_several_threads_are_their_own(sim):
 
     for _ in range(3):
         assert not together(*(lambda v=v: work(v) for v in range(3)))
+
+
+def test_captures_in_several_threads_need_no_streams_of_the_callers(sim):
+    started = threading.Barrier(3)
+
+    def work(value):
+        x = torch.zeros(4, device="sim")
+        torch.accelerator.synchronize()
+        graph = sim.Graph()
+        out = graph.capture(lambda: (started.wait(LIMIT_S), x + value)[1])
+        graph.replay()
+        assert out.tolist() == [value] * 4
+        graph.close()
+
+    assert not together(*(lambda v=v: work(v) for v in range(3)))
+
+
+def test_a_capture_on_a_stream_that_another_thread_captures_harms_only_itself(sim):
+    stream, graph = torch.Stream("sim"), sim.Graph()
+    x = torch.zeros(4, device="sim")
+    torch.accelerator.synchronize()
+
+    def fn():
+        (problem,) = together(lambda: sim.Graph().capture(lambda: x + 2, stream=stream))
+        assert isinstance(problem, CaptureError)
+        assert "which another thread is capturing" in str(problem)
+        return x + 1
+
+    out = graph.capture(fn, stream=stream)
+    graph.replay()
+    assert out.tolist() == [1] * 4
+    graph.close()
+
+
+def test_a_reset_that_drops_an_error_of_pythons_does_not_deadlock(python):
+    done = python(
+        """
+        import threading
+        from hwcore_sim import device
+        device.start()
+        import torch
+        running = True
+
+        def work():
+            while running:
+                device.pending()  # takes the state mutex with the GIL held
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        for _ in range(50):
+            for stream in [torch.Stream("sim") for _ in range(20)]:
+                device.launch_host_function(lambda: 1 / 0, stream)
+            device.set_drain_policy("eager")  # runs what is queued, and keeps the errors
+            device.set_drain_policy("lazy")
+            device.reset()
+        running = False
+        thread.join()
+        print("ends")
+        """,
+        timeout_s=LIMIT_S,
+    )
+    assert (done.status, done.output) == (0, "ends"), done.errors
 
 
 def test_a_fork_of_a_live_device_gets_an_error_by_name(python):

@@ -30,6 +30,8 @@ struct Block {
   std::vector<Queue*> users;  // other streams, by record_stream
   std::shared_ptr<Pool> pool;
   uint64_t freed_at = 0;  // sequence number: what was submitted later cannot know the block
+  size_t holds = 0;       // by graphs whose captured work has the address
+  bool retired = false;   // free, but for the holds
 };
 
 // Free blocks are found by owner, stream and size. `home` is nullptr in a pool at rest.
@@ -113,7 +115,14 @@ void retire(Block* block) {
   if (block->home->stale) block->home = default_queue(block->device);
   submit_poison(block->home, block->data, block->bytes);
   block->pool = nullptr;
-  put(block, block->home);
+  block->retired = block->holds > 0;
+  if (!block->retired) put(block, block->home);
+}
+
+void release_hold(Block* block) {
+  if (in_bad_fork()) return;
+  Lock lock(memory().mutex);
+  if (--block->holds == 0 && std::exchange(block->retired, false)) retire(block);
 }
 
 void retire_deferred(DeviceMemory& device) {
@@ -195,7 +204,8 @@ Block* new_segment(Lock& lock, DeviceIndex index, size_t bytes) {
   if (!fits() && bytes <= device.capacity) {
     ++device.stats.num_alloc_retries;
     release_cached_locked(device);
-    if (!fits() && !capturing_here()) {
+    // Work that is queued cannot run within work, whose stream it may wait for.
+    if (!fits() && !capturing_here() && !Execution::mine()) {
       lock.unlock();
       drain_all();
       lock.lock();
@@ -235,8 +245,8 @@ void free_block(void* context) {
   add(device.stats.active_bytes, -int64_t(block->bytes));
   add(device.stats.requested_bytes, -int64_t(block->requested));
   if (block->pool && !block->pool->closed) {
-    const bool capturing = block->home->capture.load() != nullptr;
-    if (capturing) submit_poison(block->home, block->data, block->bytes);
+    const bool capturing =
+        capture_poison(block->home, block->pool.get(), block->data, block->bytes);
     put(block, !capturing             ? nullptr
                : block->users.empty() ? block->home
                                       : nobody());  // another lane may read it until the end
@@ -267,18 +277,17 @@ struct DeviceAllocator final : c10::DeviceAllocator {
     const c10::Device where(kSim, index);
     if (bytes == 0) return {nullptr, nullptr, &free_nothing, where};
     Queue* home = current_queue(index);
-    Graph* graph = home->capture;
-    Pool* pool = graph ? graph->pool.get() : nullptr;
+    const std::shared_ptr<Pool> pool = capture_pool(home);
     Lock lock(memory().mutex);
     DeviceMemory& device = memory().devices[index];
     retire_deferred(device);
     const size_t size = bytes > (size_t(1) << 60) ? bytes : rounded(bytes);
-    Block* block = take_free(device, pool, home, size);
-    if (!block && pool) block = take_free(device, pool, nullptr, size);
+    Block* block = take_free(device, pool.get(), home, size);
+    if (!block && pool) block = take_free(device, pool.get(), nullptr, size);
     if (!block) block = new_segment(lock, index, size);
     block->home = home;
     block->requested = bytes;
-    block->pool = graph ? graph->pool : nullptr;
+    block->pool = pool;
     add(device.stats.allocation, 1);
     add(device.stats.allocated_bytes, int64_t(block->bytes));
     add(device.stats.active, 1);
@@ -436,6 +445,15 @@ void close_pool(const std::shared_ptr<Pool>& pool) noexcept {
     }
     device.looked_at = 0;
   }
+}
+
+std::shared_ptr<void> hold_memory(const c10::Storage& storage) {
+  const auto& data = storage.data_ptr();
+  if (data.get_deleter() != &free_block) return nullptr;
+  auto* block = static_cast<Block*>(data.get_context());
+  Lock lock(memory().mutex);
+  ++block->holds;
+  return {block, [](void* held) { release_hold(static_cast<Block*>(held)); }};
 }
 
 bool in_pool(const c10::Storage& storage, const Pool* pool) {

@@ -38,6 +38,10 @@ void close_pool(const std::shared_ptr<Pool>& pool) noexcept;
 void note_replay(const std::shared_ptr<Pool>& pool, Queue* queue);
 // After a capture: any lane of the next capture may use what is free in the pool.
 void settle_pool(const std::shared_ptr<Pool>& pool);
+// Keep the memory that the storage has now, for nobody else, as long as the result lives: captured
+// work has its address. Freed meanwhile, it is poisoned but stays where it is. nullptr for pinned
+// memory, whose storages keep theirs: torch refuses to resize them.
+std::shared_ptr<void> hold_memory(const c10::Storage& storage);
 // Whether the storage's memory comes from this pool.
 bool in_pool(const c10::Storage& storage, const Pool* pool);
 

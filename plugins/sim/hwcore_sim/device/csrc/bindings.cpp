@@ -24,13 +24,11 @@ void bind_device(py::module_& m) {
   m.def("set_device_count", &set_device_count);
   m.def("device_count", [] { return int(device_count()); });
   m.def("current_device", [] { return int(current_device()); });
-  m.def("set_device", [](int index) {
-    set_current_device(checked(DeviceIndex(std::clamp(index, -2, 127)), "set_device"));
-  });
+  m.def("set_device", [](int index) { set_current_device(checked(index, "set_device")); });
   m.def("is_live", &is_live);
   m.def("in_bad_fork", &in_bad_fork);
-  m.def("reset", [](int index) { reset_device(DeviceIndex(index)); });
-  m.def("default_generator", [](int index) { return default_generator(DeviceIndex(index)); });
+  m.def("reset", [](int index) { reset_device(checked(index, "reset")); });
+  m.def("default_generator", &default_generator);
 }
 
 void bind_streams(py::module_& m) {
@@ -39,12 +37,12 @@ void bind_streams(py::module_& m) {
     if (policy == "eager") drain_all();
   });
   m.def("set_stream_policy", [](int device, int64_t stream, std::optional<std::string> policy) {
-    Queue* queue = find_queue(DeviceIndex(device), stream);
+    Queue* queue = find_queue(device, stream);
     set_queue_policy(queue, policy ? std::optional(drain_of(*policy)) : std::nullopt);
     if (policy == "eager") drain(queue, queue->pushed);
   });
   m.def("stream_policy", [](int device, int64_t stream) {
-    switch (policy_of(find_queue(DeviceIndex(device), stream))) {
+    switch (policy_of(find_queue(device, stream))) {
       case Drain::Eager:
         return "eager";
       case Drain::Random:
@@ -55,10 +53,10 @@ void bind_streams(py::module_& m) {
   });
   m.def("pending", [] { return pending(nullptr); });
   m.def("stream_pending", [](int device, int64_t stream) {
-    return pending(find_queue(DeviceIndex(device), stream));
+    return pending(find_queue(device, stream));
   });
   m.def("stream_priority", [](int device, int64_t stream) {
-    return find_queue(DeviceIndex(device), stream)->priority;
+    return find_queue(device, stream)->priority;
   });
   m.def("launch", [](int device, int64_t stream, py::function fn) {
     struct HostFunction final : Work {
@@ -76,15 +74,17 @@ void bind_streams(py::module_& m) {
     };
     auto work = std::make_shared<HostFunction>();
     work->fn = std::move(fn);
-    submit(find_queue(DeviceIndex(device), stream), std::move(work));
+    submit(find_queue(device, stream), std::move(work));
   });
 }
 
 void bind_memory(py::module_& m) {
-  m.def("set_capacity", [](int device, size_t bytes) { set_capacity(DeviceIndex(device), bytes); });
-  m.def("release_cached", [](int device) { release_cached(DeviceIndex(device)); });
-  m.def("memory_info",
-        [](int device) { return device_allocator()->getMemoryInfo(DeviceIndex(device)); });
+  m.def("set_capacity", [](int device, size_t bytes) {
+    set_capacity(checked(device, "set_memory_capacity"), bytes);
+  });
+  m.def("memory_info", [](int device) {
+    return device_allocator()->getMemoryInfo(checked(device, "mem_get_info"));
+  });
   m.def("set_pinned_reuse",
         [](bool early) { set_pinned_reuse(early ? PinnedReuse::Early : PinnedReuse::Safe); });
   m.def("pinned_reuse_is_early", [] { return pinned_reuse() == PinnedReuse::Early; });
@@ -102,7 +102,7 @@ void bind_graphs(py::module_& m) {
   py::class_<Graph, std::shared_ptr<Graph>>(m, "Graph")
       .def(py::init<std::shared_ptr<Pool>>())
       .def("begin", [](Graph& graph, int device,
-                       int64_t stream) { graph.begin(find_queue(DeviceIndex(device), stream)); })
+                       int64_t stream) { graph.begin(find_queue(device, stream)); })
       .def("end", &Graph::end)
       .def("abort", &Graph::abort)
       .def("replay",

@@ -39,7 +39,7 @@ void set_current_device(DeviceIndex index);
 DeviceIndex exchange_device(DeviceIndex index);
 
 // Return `index`, or the current device for -1; raise for one that does not exist.
-DeviceIndex checked(DeviceIndex index, const char* where);
+DeviceIndex checked(int64_t index, const char* where);
 
 // --- Life of the process -------------------------------------------------------------------------
 

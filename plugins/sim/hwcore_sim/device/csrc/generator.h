@@ -27,7 +27,7 @@ struct Generator final : c10::GeneratorImpl {
   Generator* clone_impl() const override;
 };
 
-const at::Generator& default_generator(DeviceIndex device);
+const at::Generator& default_generator(int64_t index);
 
 // Return `generator` as ours; raise torch's usual error for one of another device type.
 Generator* as_ours(const at::Generator& generator);

@@ -58,15 +58,32 @@ void Graph::refuse(const std::string& problem) {
 }
 
 void Graph::begin(Queue* queue) {
-  refuse_while_capturing(queue, "began another capture inside this one");
+  if (t_capturing) t_capturing->refuse("began another capture inside this one");
   fault.clear();
-  hold_stream(*this);
-  device = queue->device;
-  lanes.push_back({queue, {}});
-  state = State::Capturing;
+  {
+    const auto lock = lock_streams();
+    if (queue->capture) {  // and that capture goes on: it can do nothing for this mistake
+      fail(ErrorKind::Capture,
+           c10::str("Graph.capture: `stream` got ", name_of(*queue),
+                    ", which another thread is capturing; expected one that nobody captures. "
+                    "Capture on a stream of your own."));
+    }
+    hold_stream(*this);
+    device = queue->device;
+    lanes.push_back({queue, {}});
+    state = State::Capturing;
+    queue->capture = this;
+  }
   open_pool(pool);
   t_capturing = this;
-  queue->capture = this;
+}
+
+std::vector<Graph::Lane> Graph::stop() noexcept {
+  if (t_capturing == this) t_capturing = nullptr;
+  const auto lock = lock_streams();
+  for (auto& lane : lanes) lane.queue->capture = nullptr;
+  if (state == State::Capturing) state = State::Ready;
+  return std::exchange(lanes, {});
 }
 
 void Graph::add(Queue* queue, Item item) {
@@ -89,13 +106,14 @@ void Graph::join(Queue* queue) {
 }
 
 void Graph::keep(const c10::Storage& storage) {
-  if (!in_pool(storage, pool.get())) external->insert({storage.unsafeGetStorageImpl(), storage});
+  if (in_pool(storage, pool.get())) return;
+  const auto key = std::make_pair(static_cast<const void*>(storage.unsafeGetStorageImpl()),
+                                  storage.data_ptr().get());
+  if (!external->count(key)) external->insert({key, {storage, hold_memory(storage)}});
 }
 
 void Graph::abort() noexcept {
-  if (t_capturing == this) t_capturing = nullptr;
-  for (auto& lane : lanes) lane.queue->capture = nullptr;
-  lanes.clear();
+  stop();
   order.clear();
   external = std::make_shared<External>();
   fault.clear();
@@ -108,6 +126,7 @@ void Graph::abort() noexcept {
 }
 
 void Graph::end() {
+  std::vector<Lane> lanes = stop();
   std::string problem = fault;
   // Run the lanes as lazy queues would if the first were synchronised.
   std::vector<size_t> done(lanes.size(), 0);
@@ -146,11 +165,7 @@ void Graph::end() {
     abort();
     refuse(problem);  // of nothing any more: begin() starts afresh
   }
-  for (auto& lane : lanes) lane.queue->capture = nullptr;
-  lanes.clear();
-  t_capturing = nullptr;
   settle_pool(pool);
-  state = State::Ready;
 }
 
 void Graph::replay(Queue* queue) {

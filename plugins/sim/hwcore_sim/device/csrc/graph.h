@@ -57,9 +57,18 @@ struct Graph : std::enable_shared_from_this<Graph> {
   std::vector<Lane> lanes;
   std::vector<Item> order;
   // Memory from outside the pool that the captured work uses: alive until the last replay has run.
-  using External = std::map<const void*, c10::Storage>;
+  // By storage and address, for a storage that is resized has other memory than was captured.
+  struct Kept {
+    c10::Storage storage;
+    std::shared_ptr<void> hold;
+  };
+  using External = std::map<std::pair<const void*, const void*>, Kept>;
   std::shared_ptr<External> external = std::make_shared<External>();
   size_t streams_held = 0;
+
+ private:
+  // Stop recording; the lanes are the caller's.
+  std::vector<Lane> stop() noexcept;
 };
 
 // The graph that the calling thread is capturing, or nullptr.

@@ -48,7 +48,8 @@ Generator* Generator::clone_impl() const {
   return copy;
 }
 
-const at::Generator& default_generator(DeviceIndex device) {
+const at::Generator& default_generator(int64_t index) {
+  const DeviceIndex device = checked(index, "default_generator");
   static std::mutex mutex;
   static auto* const generators = new std::array<at::Generator, kMaxDevices>;
   std::lock_guard<std::mutex> lock(mutex);
@@ -94,7 +95,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   c10::Allocator* getPinnedMemoryAllocator() const override { return pinned_allocator(); }
 
   const at::Generator& getDefaultGenerator(DeviceIndex index) const override {
-    return default_generator(checked(index, "default_generator"));
+    return default_generator(index);
   }
   at::Generator getNewGenerator(DeviceIndex index) const override {
     return at::make_generator<Generator>(checked(index, "Generator"));
@@ -106,6 +107,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     try {
       auto data = device_allocator()->allocate(bytes);
       auto kept = std::min(bytes, storage.nbytes());
+      if (Graph* graph = current_queue(current_device())->capture) graph->keep(storage);
       if (kept) device_allocator()->copy_data(data.get(), storage.data(), kept);
       // The old block goes back to its own stream, which may be another than that of the copy.
       device_allocator()->recordStream(storage.data_ptr(),

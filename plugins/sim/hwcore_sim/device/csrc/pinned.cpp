@@ -55,6 +55,13 @@ void free_pinned(void* context) {
   pinned().free[block->bytes].push_back(block);
 }
 
+// A new owner's memory: a copy to the host that nobody waits for leaves it as it is here, not as
+// the same copy left it before.
+c10::DataPtr handed_out(PinnedBlock* block) {
+  memset(block->data, 0xDD, block->bytes);
+  return {block->data, block, &free_pinned, c10::Device(c10::DeviceType::CPU)};
+}
+
 void free_no_pin(void*) {}
 
 struct PinnedAllocator final : at::HostAllocator {
@@ -71,7 +78,7 @@ struct PinnedAllocator final : at::HostAllocator {
       if (pinned().reuse == PinnedReuse::Safe && in_use(*block)) continue;
       candidates.erase(candidates.begin() + i);
       block->live = true;
-      return {block->data, block, &free_pinned, host};
+      return handed_out(block);
     }
     void* data = nullptr;
     TORCH_CHECK_WITH(OutOfMemoryError, posix_memalign(&data, 64, size) == 0,
@@ -79,7 +86,7 @@ struct PinnedAllocator final : at::HostAllocator {
                      " bytes; expected as much as the host has. Pin less.");
     auto* block = new PinnedBlock{data, size};
     pinned().blocks[static_cast<char*>(data)] = block;
-    return {data, block, &free_pinned, host};
+    return handed_out(block);
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override {

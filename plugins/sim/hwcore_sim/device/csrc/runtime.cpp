@@ -57,16 +57,16 @@ void set_current_device(DeviceIndex index) { t_device = index; }
 
 DeviceIndex exchange_device(DeviceIndex index) { return std::exchange(t_device, index); }
 
-DeviceIndex checked(DeviceIndex index, const char* where) {
+DeviceIndex checked(int64_t index, const char* where) {
   if (index == -1) return t_device;
   if (index < 0 || index >= device_count()) {
     fail(ErrorKind::Capability,
-         c10::str(where, ": device index got ", int(index), "; expected 0 to ",
+         c10::str(where, ": device index got ", index, "; expected 0 to ",
                   int(device_count()) - 1, ", for there are ", int(device_count()),
                   " simulated devices. Name one of them, or set HWCORE_SIM_DEVICES before the "
                   "process starts."));
   }
-  return index;
+  return static_cast<DeviceIndex>(index);
 }
 
 bool in_bad_fork() { return g_bad_fork; }

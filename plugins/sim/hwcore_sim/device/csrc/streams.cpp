@@ -148,6 +148,7 @@ void random_step() {
     if (state().random() % 2) return;
     for (DeviceIndex d = 0; d < device_count(); ++d) {
       for (auto& queue : state().devices[d].queues) {
+        if (queue->policy) continue;
         if (!queue->items.empty() && !queue->running) busy.push_back(queue.get());
       }
     }
@@ -215,6 +216,8 @@ std::string name_of(const Queue& queue) {
   return c10::str(device_name(queue.device), " stream ", queue.id);
 }
 
+Lock lock_streams() { return Lock(state().mutex); }
+
 // --- Finding queues ------------------------------------------------------------------------------
 
 Queue* default_queue(DeviceIndex device) {
@@ -231,9 +234,9 @@ Queue* new_queue(DeviceIndex device, int priority) {
   return queues.back().get();
 }
 
-Queue* find_queue(DeviceIndex device, int64_t id) {
+Queue* find_queue(int64_t index, int64_t id) {
   use_device("Stream");
-  device = checked(device, "Stream");
+  const DeviceIndex device = checked(index, "Stream");
   Lock lock(state().mutex);
   default_queue_locked(device);
   auto& queues = state().devices[device].queues;
@@ -299,10 +302,6 @@ void submit_poison(Queue* queue, void* data, size_t bytes) {
   item.bytes = bytes;
   {
     Lock lock(state().mutex);
-    if (Graph* graph = queue->capture) {
-      graph->add(queue, std::move(item));
-      return;
-    }
     if (!queue->items.empty() || queue->running) {
       // No policy here: freeing memory is no occasion to run work, for it happens anywhere.
       push_locked(queue, std::move(item));
@@ -310,6 +309,23 @@ void submit_poison(Queue* queue, void* data, size_t bytes) {
     }
   }
   memset(data, 0xDD, bytes);  // nothing before it in the queue
+}
+
+bool capture_poison(Queue* queue, const Pool* pool, void* data, size_t bytes) {
+  Lock lock(state().mutex);
+  Graph* graph = queue->capture;
+  if (!graph || graph->pool.get() != pool) return false;
+  Item item;
+  item.data = data;
+  item.bytes = bytes;
+  graph->add(queue, std::move(item));
+  return true;
+}
+
+std::shared_ptr<Pool> capture_pool(Queue* queue) {
+  Lock lock(state().mutex);
+  Graph* graph = queue->capture;
+  return graph ? graph->pool : nullptr;
 }
 
 bool runs_at_once(Queue* queue) {
@@ -426,13 +442,15 @@ void reset_device(DeviceIndex device) {
   }
   GilRelease release;
   Execution execution;  // wait for the item that another thread may be running
+  // These die without the lock, as in run_until: a Python error takes the GIL to die.
   std::vector<std::deque<Item>> dropped;
+  std::vector<std::exception_ptr> errors;
   {
     Lock lock(state().mutex);
     Device& it = state().devices[device];
     for (auto& queue : it.queues) {
       dropped.push_back(std::exchange(queue->items, {}));
-      queue->error = nullptr;
+      errors.push_back(std::exchange(queue->error, nullptr));
       queue->done = queue->pushed.load();
       queue->stale = true;
     }
@@ -525,7 +543,8 @@ void wait(Event& event, Queue* queue) {
   check_event(event);
   check_stale(queue);
   if (event.captured) {
-    auto graph = event.graph.lock();
+    auto graph = event.graph.lock();  // outlives the lock: to die, it takes it
+    Lock lock(state().mutex);
     if (!graph || graph->state != Graph::State::Capturing) {
       refuse_while_capturing(queue, "waited for an event that another capture recorded");
       fail(ErrorKind::Capture,
@@ -535,7 +554,6 @@ void wait(Event& event, Queue* queue) {
     if (queue->capture && queue->capture != graph.get()) {
       queue->capture.load()->refuse("waited for an event that another capture recorded");
     }
-    Lock lock(state().mutex);
     if (!queue->capture) graph->join(queue);
     Item item;
     item.source = event.source;

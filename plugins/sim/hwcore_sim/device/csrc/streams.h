@@ -18,6 +18,7 @@
 namespace sim {
 
 struct Graph;
+struct Pool;
 struct Queue;
 
 // One piece of device work. It may be run several times: by each replay of a graph that holds it.
@@ -67,11 +68,14 @@ struct Queue {
 
 std::string name_of(const Queue& queue);
 
+// Held while a queue starts or stops being captured, so that whoever submits sees either.
+std::unique_lock<std::mutex> lock_streams();
+
 // --- Finding queues ------------------------------------------------------------------------------
 
 Queue* default_queue(DeviceIndex device);
 Queue* new_queue(DeviceIndex device, int priority);
-Queue* find_queue(DeviceIndex device, int64_t id);  // raises if there is none, or it is stale
+Queue* find_queue(int64_t device, int64_t id);  // raises if there is none, or it is stale
 Queue* current_queue(DeviceIndex device);           // the calling thread's
 int64_t current_queue_id(DeviceIndex device);
 int64_t exchange_current_queue(DeviceIndex device, int64_t id);
@@ -81,8 +85,14 @@ int64_t exchange_current_queue(DeviceIndex device, int64_t id);
 void submit(Queue* queue, std::shared_ptr<Work> work);
 // Submit without regard to the policy or to captures: what a replay does.
 void submit_wait(Queue* queue, Queue* source, uint64_t position);
-// Overwrite freed memory once the queue gets there.
+// Overwrite freed memory once the queue gets there. Never part of a graph, whose replays would
+// overwrite it again when it is somebody else's.
 void submit_poison(Queue* queue, void* data, size_t bytes);
+// Let the graph that captures the queue overwrite memory of its own pool. False, and nothing done,
+// if none does or its pool is another.
+bool capture_poison(Queue* queue, const Pool* pool, void* data, size_t bytes);
+// The pool that allocations on the queue are captured into, or nullptr.
+std::shared_ptr<Pool> capture_pool(Queue* queue);
 
 // Whether work on this queue runs within the call that submits it, with nothing before it.
 bool runs_at_once(Queue* queue);
