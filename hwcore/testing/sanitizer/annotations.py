@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -39,12 +40,14 @@ def rows(tensor: torch.Tensor, rows: int | slice | Iterable[int] | torch.Tensor)
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        While a sanitizer is on: if ``rows`` is not known to the host, or a row does not exist.
+        While a sanitizer is on: if ``tensor`` is none, ``rows`` is not known to the host, or a row
+        does not exist.
     """
     tracker = active_tracker()
     if tracker is None:
         yield
         return
+    _check_tensors("rows", "tensor", [tensor])
     region = rows_of(
         int(tensor.storage_offset()),
         tensor.shape,
@@ -81,9 +84,16 @@ def kernel(
         Pass views to name parts of a tensor; :func:`rows` narrows them further.
     host : bool
         True: the host itself touches them, such as through an array of ``Tensor.numpy()``.
+
+    Raises
+    ------
+    ArgumentTypeError
+        While a sanitizer is on: if ``reads`` or ``writes`` holds anything but tensors.
     """
     tracker = active_tracker()
     if tracker is not None:
+        _check_tensors("kernel", "reads", reads)
+        _check_tensors("kernel", "writes", writes)
         enter_kernel(tracker, name, reads, writes, host)
 
 
@@ -103,12 +113,13 @@ def annotate(reads: Sequence[str] = (), writes: Sequence[str] = ()) -> Callable[
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
+        called = _name_of(function)
         for parameter in (*reads, *writes):
             if parameter not in signature.parameters:
                 known = ", ".join(signature.parameters) or "none"
                 raise ArgumentValueError(
                     describe(
-                        f"annotate({function.__name__})",
+                        f"annotate({called})",
                         "`reads` or `writes`",
                         parameter,
                         f"a parameter of the function ({known})",
@@ -121,10 +132,12 @@ def annotate(reads: Sequence[str] = (), writes: Sequence[str] = ()) -> Callable[
             result = function(*args, **kwargs)
             tracker = active_tracker()
             if tracker is not None:
-                given = signature.bind(*args, **kwargs).arguments
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                given = bound.arguments
                 enter_kernel(
                     tracker,
-                    function.__name__,
+                    called,
                     [t for name in reads for t in _tensors(given.get(name))],
                     [t for name in writes for t in _tensors(given.get(name))],
                     host=False,
@@ -134,6 +147,24 @@ def annotate(reads: Sequence[str] = (), writes: Sequence[str] = ()) -> Callable[
         return launch  # type: ignore[return-value] # the same signature, by functools.wraps
 
     return decorate
+
+
+def _name_of(function: Any) -> str:
+    """Return a name for a callable that has none: that of what a partial calls, or its type's."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _check_tensors(where: str, parameter: str, values: Any) -> None:
+    what = f"`{parameter}`"
+    if not isinstance(values, (list, tuple)):
+        fix = "Put it into a list"
+        raise ArgumentTypeError(describe(where, what, values, "a list or tuple of tensors", fix))
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            fix = "Leave out what is no tensor, and pass a tensor for an array"
+            raise ArgumentTypeError(describe(where, what, value, "a torch.Tensor", fix))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -153,7 +184,7 @@ def _row_numbers(tensor: torch.Tensor, rows: Any) -> list[int]:
             raise ArgumentTypeError(describe(where, "`rows`", rows, expected, fix))
         rows = torch._C.TensorBase.tolist(rows)  # unseen: it is the caller who knows the rows
     try:
-        numbers = [int(row) for row in ([rows] if isinstance(rows, int) else rows)]
+        numbers = [operator.index(row) for row in (rows if hasattr(rows, "__iter__") else [rows])]
     except TypeError as error:
         expected = "an int, a slice, or ints"
         raise ArgumentTypeError(describe(where, "`rows`", rows, expected, fix)) from error

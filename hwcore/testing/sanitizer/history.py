@@ -55,11 +55,13 @@ class History:
         Allocated during a capture: a graph's memory is not handed to others when it is freed.
     recorded : set of Lane
         Streams that record_stream named.
+    full : bool
+        Accesses that may still matter had to be forgotten.
     """
 
     __slots__ = (
-        *("alive", "dtype", "freed_at", "host", "in_graph", "lane", "made_at", "made_by", "nbytes"),
-        *("recorded", "records", "reference", "shape"),
+        *("alive", "dtype", "freed_at", "full", "host", "in_graph", "lane", "made_at", "made_by"),
+        *("nbytes", "recorded", "records", "reference", "shape"),
     )
 
     def __init__(self, tensor: torch.Tensor, lane: Lane | None, made_by: str, at: Stack) -> None:
@@ -72,6 +74,7 @@ class History:
         self.host = False
         self.alive = True
         self.in_graph = False
+        self.full = False
         self.recorded: set[Lane] = set()
         self.records: list[Record] = []
         self.freed_at: Stack = ()
@@ -99,6 +102,7 @@ class History:
         kept.append(new)
         if len(kept) > MANY_RECORDS:
             del kept[: MANY_RECORDS // 4]
+            self.full = True
         self.records = kept
         return races
 

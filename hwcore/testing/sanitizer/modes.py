@@ -73,22 +73,34 @@ class Patches:
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        self._start = threading.Thread.start
+        self._put: list[tuple[type, str, Any, Any]] = []  # owner, name, what was there, what is
 
     def apply(self) -> None:
         """Replace the functions."""
-        setattr(threading.Thread, "start", self._starting())  # noqa: B010 - mypy refuses the other
+        self._replace(threading.Thread, "start", self._starting())
         for name in self._READS:
-            setattr(torch.Tensor, name, self._reading(name))
+            self._replace(torch.Tensor, name, self._reading(name))
 
     def undo(self) -> None:
-        """Put the functions back; threads that run go on with a mode that does nothing."""
-        setattr(threading.Thread, "start", self._start)  # noqa: B010
-        for name in self._READS:
-            delattr(torch.Tensor, name)  # inherited from the class below
+        """Put back what was there; threads that run go on with a mode that does nothing.
+
+        What another tool has replaced since is left to it, and calls on what this one put there.
+        """
+        for owner, name, before, ours in self._put:
+            if vars(owner).get(name) is not ours:
+                continue
+            if before is None:
+                delattr(owner, name)  # inherited from a class below
+            else:
+                setattr(owner, name, before)
+        self._put = []
+
+    def _replace(self, owner: type, name: str, function: Callable[..., Any]) -> None:
+        self._put.append((owner, name, vars(owner).get(name), function))
+        setattr(owner, name, function)
 
     def _starting(self) -> Callable[..., None]:
-        start, tracker = self._start, self._tracker
+        start, tracker = threading.Thread.start, self._tracker
 
         @functools.wraps(start)
         def started(thread: threading.Thread) -> None:

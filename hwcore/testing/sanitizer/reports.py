@@ -22,6 +22,7 @@ __all__ = [
     "RaceError",
     "RaceWarning",
     "SanitizerError",
+    "origin",
     "report",
     "summary",
 ]
@@ -144,14 +145,14 @@ def report(
     current : tuple
         Op, whether it writes, stack and captured stack of the second access.
     """
-    origin = _origin(history)
+    tensor = origin(history)
     op, write, stack, captured = current
     second = Access(
         stream=f"`{lane.name}`" if lane else HOST,
         op=op,
         write=write,
         stack=lines(stack),
-        origin=origin,
+        origin=tensor,
         captured=lines(captured),
     )
     first = Access(
@@ -159,7 +160,7 @@ def report(
         op=previous.op,
         write=previous.write,
         stack=lines(previous.stack),
-        origin=origin,
+        origin=tensor,
         captured=lines(previous.captured),
     )
     return Race(kind, second, first, _missing_edge(kind, lane, previous.lane, first, second))
@@ -190,7 +191,8 @@ def _missing_edge(
     return f"{edge} Call backend.wait_stream({lane.name}, {name}) before {second.site}."
 
 
-def _origin(history: History) -> str:
+def origin(history: History) -> str:
+    """Return shape, dtype and birthplace of a tensor."""
     shape = f"{list(history.shape)} {str(history.dtype).removeprefix('torch.')}"
     if not history.made_by:
         return f"{shape}, made before the sanitizer looked"

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any, get_args
 
 import hwcore
-from hwcore.errors import ArgumentValueError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.testing.sanitizer.hooks import Hooks
 from hwcore.testing.sanitizer.modes import Mode, Patches
 from hwcore.testing.sanitizer.reports import RaceError, RaceWarning, SanitizerError, summary
@@ -130,8 +130,18 @@ class Sanitizer:
         """Give a stream a name for reports.
 
         A stream made by ``plan = backend.create_stream()`` is ``plan`` already.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If ``stream`` is no stream, or the name no text.
         """
         tracker = self._on()
+        if not hasattr(stream, "device"):
+            fix = "Pass what backend.create_stream() or current_stream() returned"
+            raise ArgumentTypeError(describe("name", "`stream`", stream, "a stream", fix))
+        if not isinstance(name, str):
+            raise ArgumentTypeError(describe("name", "`name`", name, "a str", "Pass its name"))
         with tracker.lock:
             tracker.clocks.name(tracker.clocks.lane(stream), name)
 

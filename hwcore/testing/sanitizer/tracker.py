@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -17,9 +18,9 @@ import torch
 
 from hwcore.testing.sanitizer import stacks
 from hwcore.testing.sanitizer.clocks import Clocks
-from hwcore.testing.sanitizer.history import Histories, History, Record, region_of
+from hwcore.testing.sanitizer.history import MANY_RECORDS, Histories, History, Record, region_of
 from hwcore.testing.sanitizer.ranges import Span
-from hwcore.testing.sanitizer.reports import Race, RaceError, RaceWarning, report
+from hwcore.testing.sanitizer.reports import Race, RaceError, RaceWarning, origin, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,8 @@ __all__ = [
     "Tracker",
     "overrides_dispatch",
 ]
+
+_log = logging.getLogger("hwcore")
 
 OnRace = Literal["raise", "warn", "collect"]
 
@@ -103,6 +106,7 @@ class Tracker:
         self._sides: dict[torch.device, int] = {}
         self._plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
         self._default_seen = False
+        self._told_of_full = False
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Race]]:
@@ -205,6 +209,14 @@ class Tracker:
                 kind = "write after write" if old.write else "write after read"
             second = (record.op, record.write, record.stack, record.captured)
             self._report(found, kind, history, record.lane, second, old)
+        if history.full and not self._told_of_full:
+            self._told_of_full = True
+            _log.warning(
+                "race sanitizer: more than %d accesses to one tensor (%s) are not waited for by "
+                "the host; the oldest are forgotten, and races with them are not reported",
+                MANY_RECORDS,
+                origin(history),
+            )
 
     def by_host(
         self, found: list[Race], tensor: torch.Tensor, write: bool, op: str, indexed: bool = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +30,7 @@ def index(hw, *rows):
         ([0, 3], [3, 4], True),
         (slice(0, 4), slice(4, None), False),
         (range(0, 8, 2), [-1], False),
+        (np.array([0, 3]), np.int64(3), True),
         (-8, 0, True),
         (torch.tensor([1, 1]), 2, False),
         ([], [0], False),
@@ -105,6 +109,8 @@ def test_rows_end_with_their_block(hw, sanitizer, pool):
         ([-9], ArgumentValueError, "expected a row in [-8, 8)"),
         (1.5, ArgumentTypeError, "expected an int, a slice, or ints"),
         (None, ArgumentTypeError, "expected an int, a slice, or ints"),
+        ("ab", ArgumentTypeError, "expected an int, a slice, or ints"),
+        ([1.5], ArgumentTypeError, "expected an int, a slice, or ints"),
         (torch.zeros(2), ArgumentTypeError, "expected an integer tensor"),
         (torch.zeros(2, 2, dtype=torch.int32), ArgumentTypeError, "at most one dimension"),
         (torch.zeros(8, dtype=torch.bool), ArgumentTypeError, "expected an integer tensor"),
@@ -114,6 +120,18 @@ def test_rows_that_make_no_sense(sanitizer, pool, rows, error, part):
     with pytest.raises(error) as caught, san.rows(pool, rows):
         pass
     assert part in str(caught.value)
+
+
+def test_rows_of_what_is_no_tensor(sanitizer):
+    with pytest.raises(ArgumentTypeError, match=r"rows: `tensor` got 5 \(int\)"), san.rows(5, [1]):
+        pass
+
+
+@pytest.mark.parametrize("value", [[None], [np.zeros(3)], torch.zeros(3), 5])
+@pytest.mark.parametrize("parameter", ["reads", "writes"])
+def test_a_kernel_of_what_is_no_tensor(sanitizer, parameter, value):
+    with pytest.raises(ArgumentTypeError, match=f"kernel: `{parameter}` got"):
+        san.kernel("k", **{parameter: value})
 
 
 def test_without_a_sanitizer_annotations_do_nothing(hw):
@@ -166,6 +184,28 @@ def test_an_annotated_launcher(hw, sanitizer, streams, pool, zeros):
     found = sanitizer.take()
     assert [race.kind for race in found] == ["write after read", "read after write"]
     assert {race.previous.op for race in found} == {"fused"}
+    hw.synchronize()
+
+
+def test_an_annotated_parameters_default_counts(hw, sanitizer, streams, pool):
+    @san.annotate(writes=["out"])
+    def fill(out=pool): ...
+
+    fill()
+    with hw.stream_context(streams[1]):
+        pool.fill_(1)
+    assert [race.previous.op for race in sanitizer.take()] == ["fill"]
+    hw.synchronize()
+
+
+def test_a_partial_may_be_annotated(hw, sanitizer, streams, pool):
+    def scaled(out, scale): ...
+
+    launch = san.annotate(writes=["out"])(functools.partial(scaled, scale=2.0))
+    launch(pool)
+    with hw.stream_context(streams[1]):
+        pool.fill_(1)
+    assert [race.previous.op for race in sanitizer.take()] == ["scaled"]
     hw.synchronize()
 
 

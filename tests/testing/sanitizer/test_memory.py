@@ -139,13 +139,16 @@ def test_tensors_that_are_gone_are_forgotten(hw):
         hw.synchronize()
 
 
-def test_a_pattern_that_never_repeats_is_bounded(hw):
+def test_a_pattern_that_never_repeats_is_bounded_and_told_of_once(hw, caplog):
     with Sanitizer(hw) as sanitizer:
         x = torch.zeros(2 * MANY_RECORDS * 8, device=hw.device())
         for start in range(2 * MANY_RECORDS):
             x[start * 8 : start * 8 + 4 : 2].fill_(1)
         assert sizes(sanitizer)["records"] <= MANY_RECORDS + 1
         hw.synchronize()
+    (told,) = caplog.messages
+    assert f"more than {MANY_RECORDS} accesses to one tensor" in told
+    assert "made by aten::zeros" in told
 
 
 @pytest.mark.parametrize("finish", ["host wait", "covering write"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hwcore
-from hwcore.errors import ArgumentValueError
+from hwcore.errors import ArgumentTypeError, ArgumentValueError
 from hwcore.testing.sanitizer import RaceError, RaceWarning, Sanitizer, SanitizerError
 
 # A program with one race, for any backend; `hw` is there.
@@ -141,6 +141,25 @@ def test_leaving_puts_everything_back(hw):
     assert state() == before
 
 
+def test_leaving_puts_another_tools_function_back(hw, monkeypatch):
+    def tolist(tensor):
+        return "theirs"
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    with Sanitizer(hw):
+        assert torch.zeros(1).tolist() == "theirs"
+    assert torch.Tensor.tolist is tolist
+
+
+def test_a_function_that_another_tool_replaced_meanwhile_stays(hw, monkeypatch):
+    with Sanitizer(hw):
+        ours = torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: ("theirs", ours(tensor)))
+    assert torch.zeros(1).tolist() == ("theirs", [0])
+    monkeypatch.undo()
+    del torch.Tensor.tolist
+
+
 def test_the_programs_own_error_is_the_one_to_see(hw):
     def leave_a_race_behind():
         x = torch.ones(8, device=hw.device())
@@ -188,6 +207,20 @@ def test_what_it_does_at_a_race_is_one_of_three():
 def test_a_sanitizer_that_is_off_names_nothing(hw):
     with pytest.raises(SanitizerError, match="used while off"):
         Sanitizer(hw).name(hw.current_stream(), "main")
+
+
+@pytest.mark.parametrize(
+    ("stream", "name", "part"),
+    [
+        (3, "a", "name: `stream` got 3 (int); expected a stream"),
+        (None, "a", "expected a stream"),
+        (..., 3, "name: `name` got 3 (int); expected a str"),
+    ],
+)
+def test_a_name_that_makes_no_sense(hw, stream, name, part):
+    with Sanitizer(hw) as sanitizer, pytest.raises(ArgumentTypeError) as caught:
+        sanitizer.name(hw.current_stream() if stream is ... else stream, name)
+    assert part in str(caught.value)
 
 
 def test_nothing_is_left_of_a_sanitizer(hw):
