@@ -97,6 +97,14 @@ class Identity:
         fix = "Do not list it, or run on a machine with two"
         kit.that(count >= 2, "the answer", count, expected, fix)
 
+    @conforms("set_device")
+    def test_set_device_takes_the_first_device(self, kit: Kit) -> None:
+        kit.hw.set_device(0)
+        got = torch.zeros(1, device=kit.hw.info.device_type).device
+        expected = torch.zeros(1, device=kit.device).device
+        fix = "Set the current device of torch for the calling thread"
+        kit.same("where a tensor went after it", got, expected, "the device that was set", fix)
+
     @conforms("set_device", needs="multi_device")
     def test_set_device_makes_the_device_current(self, kit: Kit) -> None:
         kit.hw.set_device(1)
