@@ -364,7 +364,8 @@ class EventOfDeviceZero(torch.Event):
 class EventOnDeviceZero(SimPlugin):
     @implements
     def create_event(self, device=None, enable_timing=False, blocking=False):
-        return EventOfDeviceZero(device, enable_timing=enable_timing, blocking=blocking)
+        kind = torch.Event if enable_timing else EventOfDeviceZero  # torch times its own alone
+        return kind(device, enable_timing=enable_timing, blocking=blocking)
 
 
 @fault("create_event")
@@ -465,9 +466,11 @@ class ContextLeaksIntoOtherThreads(SimPlugin):
     def stream_context(self, stream):
         entered = self.__dict__.setdefault("entered", [])
         entered.append(stream)
-        with stream:
-            yield stream
-        entered.pop()
+        try:
+            with stream:
+                yield stream
+        finally:
+            entered.pop()
 
     @implements
     def current_stream(self, device=None):
