@@ -209,7 +209,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
               " doesn't match the broadcast shape ", from.sizes());
   if (to.numel() == 0) return to;
   at::assert_no_internal_overlap(to);
-  at::assert_no_overlap(to, from);
+  at::assert_no_partial_overlap(to, from);
   if (!on_sim(from)) {
     TORCH_CHECK_NOT_IMPLEMENTED(from.layout() == c10::kStrided && !from.is_quantized(),
                                 device_name(), ": copy got a tensor of layout ", from.layout(),
