@@ -28,6 +28,13 @@ def sim(_started):
     _calm()
 
 
+@pytest.fixture(params=["lazy", "eager"])
+def policy(sim, request):
+    """Run the test once with each drain policy set."""
+    sim.set_drain_policy(request.param)
+    return request.param
+
+
 def _calm():
     device.set_drain_policy("lazy")
     device.allow()

@@ -10,12 +10,6 @@ def values(tensor):
     return tensor.cpu().tolist()
 
 
-@pytest.fixture(params=["lazy", "eager"])
-def policy(sim, request):
-    sim.set_drain_policy(request.param)
-    return request.param
-
-
 # --- What the host waits for ---------------------------------------------------------------------
 
 

@@ -15,12 +15,6 @@ def values(tensor):
     return tensor.cpu().tolist()
 
 
-@pytest.fixture(params=["lazy", "eager"])
-def policy(sim, request):
-    sim.set_drain_policy(request.param)
-    return request.param
-
-
 # --- Denied operators ----------------------------------------------------------------------------
 
 
