@@ -67,6 +67,18 @@ def sizes(sanitizer):
     }
 
 
+def traced_growth(steps, count):
+    """Return by how many bytes the memory that Python has handed out grows in some steps."""
+    for _ in range(128):
+        next(steps)
+    start, _ = tracemalloc.get_traced_memory()
+    for _ in range(count):
+        next(steps)
+    gc.collect()
+    end, _ = tracemalloc.get_traced_memory()
+    return end - start
+
+
 def test_ten_thousand_steps_of_two_streams_are_flat(hw):
     with lazily(hw), Sanitizer(hw) as sanitizer:
         steps = two_streams(hw)
@@ -74,19 +86,15 @@ def test_ten_thousand_steps_of_two_streams_are_flat(hw):
             next(steps)
         before = sizes(sanitizer)
         tracemalloc.start()
-        for _ in range(128):
-            next(steps)
-        start, _ = tracemalloc.get_traced_memory()
-        for _ in range(STEPS):
-            next(steps)
-        gc.collect()
-        end, _ = tracemalloc.get_traced_memory()
+        growths = [traced_growth(steps, STEPS // 2) for _ in range(2)]
         tracemalloc.stop()
         after = sizes(sanitizer)
         hw.synchronize()
         steps.close()
     assert after == before
-    assert end - start < 64 * 1024
+    # Whatever is kept of a step shows in both halves. The interpreter's table of interned strings
+    # may double in one of them, 7.7 MB at once in a process that has loaded this much.
+    assert min(growths) < 32 * 1024, growths
 
 
 def test_replays_are_flat(hw):
