@@ -60,9 +60,13 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory --output-sync=target --keep-going \
 		--jobs $(words $(BACKENDS)) $(BACKENDS:%=test-%)
 
+# Side by side each gets its share of the cores: torch's threads spin while they wait for others.
+SHARE := $(shell $(PYTHON) -c 'import os, sys; \
+	print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' $(words $(BACKENDS)))
+
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(BIN)/python -m pytest --backend $* tests $(wildcard plugins/$*/tests)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest --backend $* tests $(wildcard plugins/$*/tests)
 
 lint: $(STAMP)
 	@echo "==> ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
