@@ -114,6 +114,7 @@ class FutureMap:
         )
         self.device = memory.device
         self._rows = Rows(memory, self._layout)
+        self._pool = memory[: spec.pool_size]
         self._outputs = [
             Output(memory.new_empty(spec.batch_limit, words), self._layout) for _ in range(2)
         ]
@@ -393,7 +394,7 @@ class FutureMap:
 
     def _noted(self, indices: Tensor, *, writes: bool) -> Tensor:
         """Return the indices, those out of range replaced and noted where that is watched."""
-        if self._watch is None or _is_on_host(indices):
+        if self._watch is None or _is_on_host(indices) or not indices.numel():
             return indices
         return self._watch.valid(indices, self._iteration, writes)
 
@@ -420,7 +421,7 @@ class FutureMap:
         if self._watch is not None:
             indices = self._noted(indices, writes=False)
         try:
-            self._gather(self._rows.words, indices, batch.words)
+            self._gather(self._pool, indices, batch.words)
         except IndexError:
             self._check_range(where, indices)
             raise
@@ -459,10 +460,12 @@ class FutureMap:
 
     def _release(self) -> None:
         self._closed = True
-        for fence in (self._rows_fence, self._lens_fence):
-            fence.begin_write(self._home)  # where the memory goes back to
+        # The memory goes back to the stream that it came from. Others may read payloads still.
+        for stream in self._rows_fence.streams() | self._lens_fence.streams():
+            if stream != self._home:
+                self._backend.wait_stream(self._home, stream)
         self._outputs, self._watch = [], None
-        del self._rows, self._seq_lens, self._published, self._staging
+        del self._rows, self._pool, self._seq_lens, self._published, self._staging
 
     # --- Checks ---
 
