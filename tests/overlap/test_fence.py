@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+import hwcore
 from hwcore.errors import ArgumentValueError
 from hwcore.overlap import StreamFence
 from hwcore.testing.sanitizer import Sanitizer
@@ -127,31 +128,43 @@ def test_a_stream_waits_for_the_block_and_not_for_what_came_after(hw, streams, s
     hw.synchronize()
 
 
-def test_on_one_stream_nothing_is_waited_for(hw, shared):
-    class Counter:
-        waits = 0
-
-    fence = StreamFence(hw)
-    import hwcore
+@pytest.fixture
+def waits(hw):
+    """The streams that were made to wait for an event, one entry a wait."""
+    seen = []
 
     class Wrapper:
         @hwcore.hookimpl(wrapper=True)
-        def wait_event(self):
-            Counter.waits += 1
+        def wait_event(self, stream):
+            seen.append(stream)
             return (yield)
 
     wrapper = Wrapper()
     hw.register(wrapper)
-    try:
-        for _ in range(3):
-            with fence.writing():
-                shared.add_(1)
-            with fence.reading():
-                shared.clone()
-    finally:
-        hw.unregister(wrapper)
-    assert Counter.waits == 0
-    hw.synchronize()
+    yield seen
+    hw.unregister(wrapper)
+
+
+def test_on_one_stream_nothing_is_waited_for(hw, waits):
+    fence = StreamFence(hw)
+    for _ in range(3):
+        with fence.writing():
+            pass
+        with fence.reading():
+            pass
+    assert waits == []
+
+
+def test_nothing_is_waited_for_twice(hw, streams, waits):
+    fence, (main, one, two) = StreamFence(hw), streams
+    with hw.stream_context(one), fence.reading():
+        pass
+    with hw.stream_context(two), fence.writing():
+        pass
+    assert waits == [two]
+    with hw.stream_context(main), fence.writing():
+        pass
+    assert waits == [two, main], "who waits for the write waits for the read before it"
 
 
 def test_without_the_fence_it_is_a_race(hw, streams, shared):
