@@ -140,6 +140,24 @@ def test_resolves_of_two_streams_share_the_memory_in_turn(hw, relay, rows, forwa
     hw.synchronize()
 
 
+def test_memory_that_was_replaced_is_kept_until_its_stream_is_done(hw, relay, rows, forward):
+    batches = [rows(row) for row in (1, 2, 3)]
+    given = [payload(relay.spec, [10 * row], relay.device) for row in (1, 2, 3)]
+    hw.wait_stream(forward, hw.current_stream())
+    with hw.stream_context(forward):
+        for batch, one in zip(batches, given, strict=True):
+            relay.stash(batch, one)
+        held = relay.resolve(batches[0])
+        relay.resolve(batches[1])
+        got = relay.resolve(batches[2]).next_token + 1
+    del held
+    filler = torch.full((12, 64), -9, device=relay.device)  # what was freed may be had again
+    hw.wait_stream(hw.current_stream(), forward)
+    assert got.tolist() == [31]
+    assert filler.sum().item() == -9 * 12 * 64
+    hw.synchronize()
+
+
 def test_a_map_may_be_closed_while_a_stream_still_works_on_it(hw, relay, rows, forward):
     batch, given = rows(3), payload(relay.spec, [1], relay.device)
     hw.wait_stream(forward, hw.current_stream())
