@@ -22,6 +22,7 @@ __all__ = [
     "ProbeError",
     "SelectionError",
     "SetupError",
+    "StaleGraphError",
     "TorchImportError",
     "UnknownBackendError",
     "describe",
@@ -47,6 +48,10 @@ class CapabilityError(HwcoreError, RuntimeError):
 
 class CaptureError(HwcoreError, RuntimeError):
     """Work that a graph cannot hold was done while capturing, or capture was misused."""
+
+
+class StaleGraphError(CaptureError):
+    """Memory that captured graphs address has moved; a replay would use what is there now."""
 
 
 class TorchImportError(HwcoreError, ImportError):
