@@ -141,6 +141,9 @@ class GraphBuffers:
                 )
                 for bucket in self.buckets
             }
+            for views in self._views.values():
+                for name, view in views.items():
+                    view.fill_(self.slots[name].fill)
         self.device = self.memory.device
         self._addresses = range(self.memory.data_ptr(), self.memory.data_ptr() + size_bytes)
         names = tuple(self.slots)
@@ -149,9 +152,6 @@ class GraphBuffers:
         self._non_blocking = hw.host_memory_policy().copies_ordered_with_kernels
         self._rows: dict[tuple[Bucket, int], Rows] = {}
         self._filled: Rows | None = None
-        for name, slot in self.slots.items():
-            for bucket in self.buckets:
-                _fill(name, slot, self._views[bucket][name])
 
     def views(self, bucket: Bucket) -> Mapping[str, torch.Tensor]:
         """Return every slot as a graph of ``bucket`` sees it: contiguous, padding included."""
@@ -357,16 +357,6 @@ def _fused(slots: Sequence[Slot], device: torch.device) -> list[slice]:
         return [slice(0, len(slots))]
     starts = [n for n, slot in enumerate(slots) if not n or _group(slot) != _group(slots[n - 1])]
     return [slice(a, b) for a, b in itertools.pairwise([*starts, len(slots)])]
-
-
-def _fill(name: str, slot: Slot, view: torch.Tensor) -> None:
-    try:
-        view.fill_(slot.fill)
-    except RuntimeError as error:
-        expected, fix = f"a value of {slot.dtype}", "Choose another"
-        raise ArgumentValueError(
-            describe("GraphBuffers", f"`fill` of slot `{name}`", slot.fill, expected, fix)
-        ) from error
 
 
 def _checked_slots(slots: Mapping[str, Slot]) -> dict[str, Slot]:

@@ -169,10 +169,10 @@ class GraphRunner:
             If a static tensor moved meanwhile.
         """
         with self._lock:
-            self._be_usable("capture")
+            self._refuse_state("capture")
             if self._set.graphs:
                 got = "a runner whose graphs are there"
-                self._misuse("capture", got, "one without", "Call recapture() to replace them")
+                _misuse("capture", got, "one without", "Call recapture() to replace them")
             self._capturing = True
             try:
                 self._set.capture()
@@ -188,7 +188,7 @@ class GraphRunner:
             As :meth:`capture`; the graphs of before are gone then.
         """
         with self._lock:
-            self._be_usable("recapture")
+            self._refuse_state("recapture")
             self._release()
             self.capture()
 
@@ -211,9 +211,9 @@ class GraphRunner:
             ("tokens_per_request", tokens_per_request, 1),
         ):
             if type(number) is not int or number < least:
-                self._refuse("can_run", f"`{name}`", number, f"an int ≥ {least}", "Pass one")
+                _refuse("can_run", f"`{name}`", number, f"an int ≥ {least}", "Pass one")
         with self._lock:
-            self._be_usable("can_run")
+            self._refuse_state("can_run")
             verdict = self._set.find(batch_size, tokens_per_request)
             if not verdict:
                 self.refusals[verdict.kind] += 1
@@ -261,23 +261,29 @@ class GraphRunner:
             If nothing was captured, the runner was closed, or within a capture.
         """
         with self._lock:
-            self._be_usable("prepare")
-            place = self._place(seq_lens, tokens_per_request)
-            copies = self.buffers.check(place.rows, inputs)
+            if self._closed or self._capturing or self._hw.is_capturing():
+                self._refuse_state("prepare")
+            lens = seq_lens if type(seq_lens) is tuple else _as_tuple("prepare", seq_lens)
+            place = self._places.get((len(lens), tokens_per_request))
+            if place is None:
+                place = self._find_place(len(lens), tokens_per_request)
+            rows = place.rows
+            copies = self.buffers.check(rows, inputs)
             missing = _NOTHING
-            if len(inputs) < len(place.rows.real):
-                missing = frozenset(place.rows.real.keys() - inputs.keys())
-            lens = tuple(seq_lens)
-            bucket, padded_lens = place.captured.bucket, lens + place.padding_lens
-            batch = ReplayBatch(bucket, lens, padded_lens, attention, plan_stream_active)
+            if len(inputs) < len(rows.targets):
+                missing = frozenset(rows.real.keys() - inputs.keys())
             self._prepared = None  # from here on its inputs are overwritten
             stream = self._turns.begin()
             try:
-                self._keep(self.buffers.write(place.rows, copies), stream)
+                unfinished = self.buffers.write(rows, copies)
             finally:
                 self._turns.end(stream)
-            self._prepared = Prepared(batch, place, stream, missing)
-            return self._prepared
+            if unfinished:
+                self._keep(unfinished, stream)
+            padded_lens = lens + place.padding_lens
+            batch = ReplayBatch(rows.bucket, lens, padded_lens, attention, plan_stream_active)
+            self._prepared = prepared = Prepared(batch, place, stream, missing)
+            return prepared
 
     def replay(
         self, prepared: Prepared, recomputed: Mapping[str, torch.Tensor] | None = None
@@ -311,7 +317,8 @@ class GraphRunner:
             If the runner was closed, or within a capture.
         """
         with self._lock:
-            self._be_usable("replay")
+            if self._closed or self._capturing or self._hw.is_capturing():
+                self._refuse_state("replay")
             if prepared is not self._prepared or prepared is None:
                 self._refuse_prepared(prepared)
             if self._set.static is not None:
@@ -353,15 +360,16 @@ class GraphRunner:
             If no graph takes the batch and ``or_eager`` was not asked for. Otherwise as
             :meth:`prepare` and :meth:`replay`; inputs are checked alike in both.
         """
+        lens = _as_tuple("run", seq_lens)
         with self._lock:
-            self._check_lens("run", seq_lens)
-            verdict = self.can_run(len(seq_lens), tokens_per_request)
+            verdict = self.can_run(len(lens), tokens_per_request)
             if verdict:
-                prepared = self.prepare(inputs, seq_lens, tokens_per_request, attention=attention)
-                return self.replay(prepared)
+                return self.replay(
+                    self.prepare(inputs, lens, tokens_per_request, attention=attention)
+                )
         if not or_eager:
-            self._no_bucket("run", verdict)
-        given = self.buffers.for_eager(len(seq_lens), tokens_per_request, inputs)
+            self._refuse_batch("run", verdict)
+        given = self.buffers.for_eager(len(lens), tokens_per_request, inputs)
         with torch.no_grad():
             return self._fn(**given)
 
@@ -375,7 +383,7 @@ class GraphRunner:
         """
         with self._lock:
             if not self._closed:
-                self._be_usable("close")
+                self._refuse_state("close")
                 self._release()
                 self.buffers.release()
                 del self._turns
@@ -383,18 +391,14 @@ class GraphRunner:
 
     # --- Parts ---
 
-    def _place(self, seq_lens: Sequence[int], tokens_per_request: int) -> Place:
-        """Return where a batch goes, from the second time on without looking for it."""
-        self._check_lens("prepare", seq_lens)
-        size = len(seq_lens), tokens_per_request
-        place = self._places.get(size)
-        if place is None:
-            verdict = self._set.find(*size)
-            if verdict.bucket is None:
-                self._no_bucket("prepare", verdict)
-            rows = self.buffers.rows(verdict.bucket, size[0])
-            place = Place(self._set.graphs[verdict.bucket], rows, self._pad_seq_len)
-            self._places[size] = place
+    def _find_place(self, batch_size: int, tokens_per_request: int) -> Place:
+        """Look for a batch's bucket, once for each size."""
+        verdict = self._set.find(batch_size, tokens_per_request)
+        if verdict.bucket is None:
+            self._refuse_batch("prepare", verdict)
+        rows = self.buffers.rows(verdict.bucket, batch_size)
+        place = Place(self._set.graphs[verdict.bucket], rows, self._pad_seq_len)
+        self._places[batch_size, tokens_per_request] = place
         return place
 
     def _joined(
@@ -413,15 +417,17 @@ class GraphRunner:
             expected = f"{', '.join(sorted(lacking))} among them"
             why = "not given to prepare(), or not trusted by this device after a plan stream"
             got, fix = list(recomputed), "Compute it on the replaying stream and pass it"
-            self._refuse("replay", "`recomputed`", got, f"{expected}, {why}", fix)
+            _refuse("replay", "`recomputed`", got, f"{expected}, {why}", fix)
         rows = prepared.place.rows
-        self._keep(self.buffers.write(rows, self.buffers.check(rows, recomputed)), stream)
+        unfinished = self.buffers.write(rows, self.buffers.check(rows, recomputed))
+        if unfinished:
+            self._keep(unfinished, stream)
         given = {name: prepared.inputs[name] for name in recomputed}
         return dataclasses.replace(prepared.batch, plan_stream_active=on_side, recomputed=given)
 
     def _keep(self, tensors: list[torch.Tensor], stream: Stream) -> None:
         """Keep host inputs until they have been copied, where their allocator would not."""
-        if not tensors or not self._keeps_host_inputs:
+        if not self._keeps_host_inputs:
             return
         kept = self._host_inputs
         while kept and self._hw.query_event(kept[0][0]):
@@ -439,34 +445,38 @@ class GraphRunner:
 
     # --- Refusals ---
 
-    def _be_usable(self, method: str) -> None:
+    def _refuse_state(self, method: str) -> None:
+        """Raise if the runner is closed, or something is being captured."""
         if self._closed:
-            self._misuse(method, "a closed runner", "an open one", "Make a new GraphRunner")
+            _misuse(method, "a closed runner", "an open one", "Make a new GraphRunner")
         if self._capturing or self._hw.is_capturing():
             fix = "Call it before or after the capture"
-            self._misuse(method, "a call within a capture", "one outside", fix)
+            _misuse(method, "a call within a capture", "one outside", fix)
 
-    def _check_lens(self, method: str, seq_lens: object) -> None:
-        if type(seq_lens) is not tuple and not isinstance(seq_lens, (tuple, list)):
-            expected, fix = "a tuple or list of ints", "Pass the lengths as the host knows them"
-            message = describe(f"GraphRunner.{method}", "`seq_lens`", seq_lens, expected, fix)
-            raise ArgumentTypeError(message)
-
-    def _no_bucket(self, method: str, verdict: Verdict) -> NoReturn:
+    def _refuse_batch(self, method: str, verdict: Verdict) -> NoReturn:
         fix = "Add a bucket, or ask can_run() and run it eagerly: run(..., or_eager=True)"
         message = f"GraphRunner.{method}: the batch got no graph: {verdict.reason}. {fix}."
         raise (CaptureError if verdict.kind == "not captured" else ArgumentValueError)(message)
 
     def _refuse_prepared(self, prepared: object) -> NoReturn:
         expected, fix = "the latest of prepare(), not replayed yet", "Prepare the batch again"
-        if not isinstance(prepared, Prepared):
-            message = describe("GraphRunner.replay", "`prepared`", prepared, expected, fix)
-            raise ArgumentTypeError(message)
-        self._refuse("replay", "`prepared`", prepared, expected, fix)
+        kind = ArgumentValueError if isinstance(prepared, Prepared) else ArgumentTypeError
+        raise kind(describe("GraphRunner.replay", "`prepared`", prepared, expected, fix))
 
-    def _refuse(self, method: str, what: str, got: object, expected: str, fix: str) -> NoReturn:
-        raise ArgumentValueError(describe(f"GraphRunner.{method}", what, got, expected, fix))
 
-    def _misuse(self, method: str, got: str, expected: str, fix: str) -> NoReturn:
-        message = f"GraphRunner.{method}: the call got {got}; expected {expected}. {fix}."
-        raise CaptureError(message)
+def _as_tuple(method: str, seq_lens: object) -> tuple[int, ...]:
+    # A tensor's elements would be read from the device one by one.
+    if not isinstance(seq_lens, (tuple, list)):
+        where, fix = f"GraphRunner.{method}", "Pass the lengths as the host knows them"
+        expected = "a tuple or list of ints"
+        raise ArgumentTypeError(describe(where, "`seq_lens`", seq_lens, expected, fix))
+    return tuple(seq_lens)
+
+
+def _refuse(method: str, what: str, got: object, expected: str, fix: str) -> NoReturn:
+    raise ArgumentValueError(describe(f"GraphRunner.{method}", what, got, expected, fix))
+
+
+def _misuse(method: str, got: str, expected: str, fix: str) -> NoReturn:
+    message = f"GraphRunner.{method}: the call got {got}; expected {expected}. {fix}."
+    raise CaptureError(message)

@@ -65,9 +65,7 @@ class Slot:
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
             fix = "Pass one, such as torch.int64"
-            raise ArgumentTypeError(
-                describe("Slot", "`dtype`", self.dtype, "a torch.dtype", fix)
-            ) from None
+            raise ArgumentTypeError(describe("Slot", "`dtype`", self.dtype, "a torch.dtype", fix))
         fix = "Write it like (TOKENS,) or (3, TOKENS)"
         expected = "a tuple of sizes ≥ 1 and Dim, exactly one of them BATCH or TOKENS"
         if not isinstance(self.shape, tuple):
@@ -78,6 +76,12 @@ class Slot:
         if not isinstance(self.fill, (bool, int, float, complex)):
             fix = "Pass the value of one element"
             raise ArgumentTypeError(describe("Slot", "`fill`", self.fill, "a number", fix))
+        # Here, for a device may say so with the next value that somebody reads.
+        if not _fits(self.fill, self.dtype):
+            expected = f"a value of {self.dtype}"
+            raise ArgumentValueError(
+                describe("Slot", "`fill`", self.fill, expected, "Choose another")
+            )
 
     @property
     def axis(self) -> int:
@@ -96,6 +100,14 @@ class Slot:
     def size_bytes(self, bucket: Bucket) -> int:
         """Return the bytes that the slot takes in a bucket."""
         return math.prod(self.shape_for(*bucket)) * self.dtype.itemsize
+
+
+def _fits(fill: complex, dtype: torch.dtype) -> bool:
+    try:
+        stored = torch.full((), fill, dtype=dtype)
+    except RuntimeError:
+        return False
+    return dtype.is_floating_point or dtype.is_complex or stored.item() == fill
 
 
 def check_bucket(where: str, bucket: object) -> Bucket:
