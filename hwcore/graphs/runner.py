@@ -374,7 +374,7 @@ class GraphRunner:
             return self._fn(**given)
 
     def close(self) -> None:
-        """Wait for the work in flight and release graphs and buffers. Once is enough.
+        """Wait for the device and release graphs and buffers. Once is enough.
 
         Raises
         ------
@@ -437,7 +437,8 @@ class GraphRunner:
         kept.append((event, tensors))
 
     def _release(self) -> None:
-        self._turns.finish()
+        # Not for the replays alone: consumers of their outputs may be queued behind them.
+        self._hw.synchronize(self.buffers.device)
         self._host_inputs.clear()
         self._places.clear()
         self._prepared = None
