@@ -59,7 +59,7 @@ class GraphSet:
         self.graphs: dict[Bucket, Captured] = {}
         self.static: Addresses | None = None
         self._batch_sizes: dict[int, list[int]] = {}
-        for batch_size, tokens_per_request in sorted(buffers.buckets):
+        for tokens_per_request, batch_size in sorted(bucket[::-1] for bucket in buffers.buckets):
             self._batch_sizes.setdefault(tokens_per_request, []).append(batch_size)
 
     def find(self, batch_size: int, tokens_per_request: int) -> Verdict:
