@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections.abc
-import itertools
 import math
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -13,64 +12,24 @@ import torch
 
 import hwcore
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, HwcoreError, describe
-from hwcore.graphs.slots import Bucket, Slot, check_bucket
+from hwcore.graphs.rows import Rows, copy_group, copy_runs
+from hwcore.graphs.slots import Bucket, Slot, check_buckets, check_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from hwcore.backend import Backend
 
-__all__ = ["Copies", "GraphBuffers", "Rows"]
+__all__ = ["Copies", "GraphBuffers"]
 
 _ALIGNMENT = 256  # bytes: what vectorised kernels and copy engines ask for at most
 
-# What an input must have in common with its slot; the four in one call.
-_form = attrgetter("dtype", "shape", "device", "requires_grad")
 _data_ptr = torch.Tensor.data_ptr
 Copies: TypeAlias = tuple[torch.Tensor, ...] | list[tuple[torch.Tensor, torch.Tensor]]
 """Inputs in the order of the slots, where all can be copied at once; else (to, from)."""
 
 # Private by its name alone: torch's optimizers stand on it, and no public call copies many.
 _copy_all = torch._foreach_copy_
-
-
-class Rows:
-    """The real and the padded part of every slot, for one batch size in one bucket.
-
-    Attributes
-    ----------
-    bucket : Bucket
-    batch_size : int
-    real : dict of str to Tensor
-        Views of the first ``batch_size`` requests.
-    padding : list of (Tensor, number)
-        Views of the rest, with what they are to hold; empty where nothing is padded.
-    """
-
-    __slots__ = ("_forms", "batch_size", "bucket", "padding", "real", "targets")
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        batch_size: int,
-        slots: Mapping[str, Slot],
-        views: Mapping[str, torch.Tensor],
-    ) -> None:
-        self.bucket, self.batch_size = bucket, batch_size
-        self.real: dict[str, torch.Tensor] = {}
-        self.padding: list[tuple[torch.Tensor, complex]] = []
-        for name, slot in slots.items():
-            view, axis = views[name], slot.axis
-            count = slot.shape_for(batch_size, bucket[1])[axis]
-            self.real[name] = view.narrow(axis, 0, count)
-            if padded := view.shape[axis] - count:
-                self.padding.append((view.narrow(axis, count, padded), slot.fill))
-        self.targets = list(self.real.values())
-        self._forms = [_form(target) for target in self.targets]
-
-    def fit(self, inputs: Sequence[Any]) -> bool:
-        """Say whether inputs have the form of the slots, in the order of the slots."""
-        return [*map(_form, inputs)] == self._forms
 
 
 class GraphBuffers:
@@ -119,9 +78,9 @@ class GraphBuffers:
         device: torch.device | None = None,
     ) -> None:
         # By dtype, so that what one call can copy lies side by side.
-        ordered = sorted(_checked_slots(slots).items(), key=lambda item: _group(item[1]))
+        ordered = sorted(check_slots(slots).items(), key=lambda item: copy_group(item[1]))
         self.slots = MappingProxyType(dict(ordered))
-        self.buckets = _checked_buckets(buckets)
+        self.buckets = check_buckets(buckets)
         hw = backend or hwcore.current_backend()
         offsets, size_bytes = {}, 0
         for name, slot in self.slots.items():
@@ -148,7 +107,7 @@ class GraphBuffers:
         self._addresses = range(self.memory.data_ptr(), self.memory.data_ptr() + size_bytes)
         names = tuple(self.slots)
         self._in_order = itemgetter(*names) if len(names) > 1 else lambda given: (given[names[0]],)
-        self._fused = _fused(list(self.slots.values()), self.device)
+        self._fused = copy_runs(list(self.slots.values()), self.device)
         self._non_blocking = hw.host_memory_policy().copies_ordered_with_kernels
         self._rows: dict[tuple[Bucket, int], Rows] = {}
         self._filled: Rows | None = None
@@ -339,45 +298,6 @@ class GraphBuffers:
         part = self.memory[offset : offset + math.prod(shape) * slot.dtype.itemsize]
         # `.data` counts writes by itself: that is how a slot that the graph writes is found.
         return part.view(slot.dtype).view(shape).data
-
-
-def _group(slot: Slot) -> tuple[bool, str]:
-    """Return what slots that one call can copy have in common."""
-    # Real rows behind the first dimension are strided, which no fused kernel takes.
-    return slot.axis > 0, str(slot.dtype)
-
-
-def _fused(slots: Sequence[Slot], device: torch.device) -> list[slice]:
-    """Return which runs of slots are copied by one call each.
-
-    On the host that is all of them; on a device torch has one kernel for many tensors of one dtype,
-    and copies one after the other where they differ.
-    """
-    if device.type == "cpu":
-        return [slice(0, len(slots))]
-    starts = [n for n, slot in enumerate(slots) if not n or _group(slot) != _group(slots[n - 1])]
-    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(slots)])]
-
-
-def _checked_slots(slots: Mapping[str, Slot]) -> dict[str, Slot]:
-    where, expected = "GraphBuffers", "at least one Slot by its name, an identifier"
-    fix = "Pass {'input_ids': Slot(torch.int64, (TOKENS,)), ...}"
-    if not isinstance(slots, collections.abc.Mapping):
-        raise ArgumentTypeError(describe(where, "`slots`", slots, expected, fix))
-    for name, slot in slots.items():
-        if not isinstance(slot, Slot) or not isinstance(name, str):
-            raise ArgumentTypeError(describe(where, "`slots`", {name: slot}, expected, fix))
-    if not slots or not all(map(str.isidentifier, slots)):
-        raise ArgumentValueError(describe(where, "`slots`", list(slots), expected, fix))
-    return dict(slots)
-
-
-def _checked_buckets(buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
-    checked = [check_bucket("GraphBuffers", bucket) for bucket in buckets]
-    if not checked or len(set(checked)) < len(checked):
-        expected, fix = "at least one bucket, each once", "Pass each that is to have a graph"
-        raise ArgumentValueError(describe("GraphBuffers", "`buckets`", checked, expected, fix))
-    return tuple(sorted(checked, key=lambda bucket: (bucket[0] * bucket[1], bucket), reverse=True))
 
 
 def _refuse(

@@ -14,6 +14,7 @@ import hwcore
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, describe
 from hwcore.graphs.buffers import GraphBuffers
 from hwcore.graphs.graph_set import GraphSet
+from hwcore.graphs.host_inputs import HostInputs
 from hwcore.graphs.prepared import Place, Prepared, Verdict
 from hwcore.graphs.turns import Turns
 from hwcore.types import ReplayBatch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from hwcore.backend import Backend
     from hwcore.graphs.slots import Bucket, Slot
-    from hwcore.types import Event, Stream
+    from hwcore.types import Stream
 
 __all__ = ["GraphRunner"]
 
@@ -130,8 +131,7 @@ class GraphRunner:
         self._set = GraphSet(hw, fn, self.buffers, warm_ups, capture_budget, static or {}, progress)
         self._turns = Turns(hw, self.buffers.memory)
         self._recompute = hw.plan_stream_policy().recompute_after_join & slots.keys()
-        self._keeps_host_inputs = not hw.host_memory_policy().reuse_waits_for_copy
-        self._host_inputs: collections.deque[tuple[Event, list[torch.Tensor]]] = collections.deque()
+        self._host_inputs = HostInputs(hw, self.buffers.device)
         self._places: dict[tuple[int, int], Place] = {}
         self._prepared: Prepared | None = None
         self._lock = threading.RLock()
@@ -270,7 +270,7 @@ class GraphRunner:
             rows = place.rows
             copies = self.buffers.check(rows, inputs)
             missing = _NOTHING
-            if len(inputs) < len(rows.targets):
+            if lens and len(inputs) < len(rows.targets):
                 missing = frozenset(rows.real.keys() - inputs.keys())
             self._prepared = None  # from here on its inputs are overwritten
             stream = self._turns.begin()
@@ -279,7 +279,7 @@ class GraphRunner:
             finally:
                 self._turns.end(stream)
             if unfinished:
-                self._keep(unfinished, stream)
+                self._host_inputs.keep(unfinished, stream)
             padded_lens = lens + place.padding_lens
             batch = ReplayBatch(rows.bucket, lens, padded_lens, attention, plan_stream_active)
             self._prepared = prepared = Prepared(batch, place, stream, missing)
@@ -421,20 +421,9 @@ class GraphRunner:
         rows = prepared.place.rows
         unfinished = self.buffers.write(rows, self.buffers.check(rows, recomputed))
         if unfinished:
-            self._keep(unfinished, stream)
+            self._host_inputs.keep(unfinished, stream)
         given = {name: prepared.inputs[name] for name in recomputed}
         return dataclasses.replace(prepared.batch, plan_stream_active=on_side, recomputed=given)
-
-    def _keep(self, tensors: list[torch.Tensor], stream: Stream) -> None:
-        """Keep host inputs until they have been copied, where their allocator would not."""
-        if not self._keeps_host_inputs:
-            return
-        kept = self._host_inputs
-        while kept and self._hw.query_event(kept[0][0]):
-            kept.popleft()
-        event = self._hw.create_event(self.buffers.device)
-        self._hw.record_event(event, stream)
-        kept.append((event, tensors))
 
     def _release(self) -> None:
         # Not for the replays alone: consumers of their outputs may be queued behind them.

@@ -1,4 +1,4 @@
-"""GraphRunner's calls: what the backend is told, what is refused, and that a refusal costs nothing."""
+"""GraphRunner's calls: what the backend is told, what is refused, and that this costs nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GraphRunner.capture: in which order, how often, within which budget; and what a failure leaves."""
+"""GraphRunner.capture: in which order, within which budget, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -412,7 +412,7 @@ def test_what_changes_in_place_or_is_added_has_not_moved(hw, model, kv, change):
             for _ in range(2):
                 assert torch.equal(runner.run({"x": x}, lens(2)), model(x))
         model.scale = other(model.scale)
-        with pytest.raises(StaleGraphError, match="`model.scale`"):
+        with pytest.raises(StaleGraphError, match=r"`model\.scale`"):
             runner.run({"x": x}, lens(2))
 
 

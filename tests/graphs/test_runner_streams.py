@@ -140,7 +140,7 @@ def test_without_its_waits_the_sanitizer_reports_it_everywhere(hw, program, with
 
 
 def test_a_consumer_on_another_stream_that_nobody_waits_for_is_reported(hw):
-    """Which the class says is the caller's to order: the runner cannot see it, the sanitizer does."""
+    """The caller is to order it, as the class says: the runner does not see it."""
     side = hw.create_stream()
     with Sanitizer(hw, on_race="collect") as sanitizer, simple(hw) as runner:
         x = torch.ones(3, device=hw.device())
@@ -163,7 +163,7 @@ def no_synchronisation(hw):
     """Fail where a hook would make the host wait."""
 
     def refuse():
-        raise AssertionError("the host waits")
+        pytest.fail("the host waits")
         yield
 
     hooks = ("synchronize", "synchronize_stream", "synchronize_event")

@@ -1,0 +1,78 @@
+"""The real and the padded part of static inputs, and which of them one call can copy."""
+
+from __future__ import annotations
+
+import itertools
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from hwcore.graphs.slots import Bucket, Slot
+
+__all__ = ["Rows", "copy_group", "copy_runs"]
+
+# What an input must have in common with its slot; the four in one call.
+_form = attrgetter("dtype", "shape", "device", "requires_grad")
+
+
+class Rows:
+    """The real and the padded part of every slot, for one batch size in one bucket.
+
+    Attributes
+    ----------
+    bucket : Bucket
+    batch_size : int
+    real : dict of str to Tensor
+        Views of the first ``batch_size`` requests.
+    padding : list of (Tensor, number)
+        Views of the rest, with what they are to hold; empty where nothing is padded.
+    """
+
+    __slots__ = ("_forms", "batch_size", "bucket", "padding", "real", "targets")
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        batch_size: int,
+        slots: Mapping[str, Slot],
+        views: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.bucket, self.batch_size = bucket, batch_size
+        self.real: dict[str, torch.Tensor] = {}
+        self.padding: list[tuple[torch.Tensor, complex]] = []
+        for name, slot in slots.items():
+            view, axis = views[name], slot.axis
+            count = slot.shape_for(batch_size, bucket[1])[axis]
+            self.real[name] = view.narrow(axis, 0, count)
+            if padded := view.shape[axis] - count:
+                self.padding.append((view.narrow(axis, count, padded), slot.fill))
+        self.targets = list(self.real.values())
+        self._forms = [_form(target) for target in self.targets]
+
+    def fit(self, inputs: Sequence[Any]) -> bool:
+        """Say whether inputs have the form of the slots, in the order of the slots."""
+        return [*map(_form, inputs)] == self._forms
+
+
+def copy_group(slot: Slot) -> tuple[bool, str]:
+    """Return what slots that one call can copy have in common."""
+    # Real rows behind the first dimension are strided, which no fused kernel takes.
+    return slot.axis > 0, str(slot.dtype)
+
+
+def copy_runs(slots: Sequence[Slot], device: torch.device) -> list[slice]:
+    """Return which runs of slots are copied by one call each.
+
+    On the host that is all of them; on a device torch has one kernel for many tensors of one dtype,
+    and copies one after the other where they differ.
+    """
+    if device.type == "cpu":
+        return [slice(0, len(slots))]
+    starts = [
+        n for n, slot in enumerate(slots) if not n or copy_group(slot) != copy_group(slots[n - 1])
+    ]
+    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(slots)])]
