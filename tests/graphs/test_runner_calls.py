@@ -126,6 +126,39 @@ def test_what_is_recomputed_need_not_be_prepared(hw, left_out):
         assert torch.equal(out["logits"].cpu(), expected["logits"].cpu())
 
 
+def test_a_batch_of_padding_alone_needs_no_inputs(hw, wary):
+    step = Step(hw.device())
+    with runner_of(hw, step) as runner:
+        runner.run(inputs(1, 1, hw.device()), lens(1))
+        with hw.stream_context(hw.create_stream()):
+            prepared = runner.prepare({}, ())
+        step.cache.zero_()
+        out = runner.replay(prepared)
+        assert out["logits"].shape == (0, 3)
+        assert wary.replays.pop()[1].padded_seq_lens == (1,)
+        assert step.cache.tolist() == [1] + [0] * 15, "row 0 takes what padding writes"
+
+
+def test_a_second_device_has_runners_of_its_own(hw):
+    if hw.device_count() < 2:
+        pytest.skip("there is one device")
+    try:
+        hw.set_device(1)
+        with simple(hw, device=hw.device(1)) as runner:
+            out = runner.run({"x": torch.ones(3, device=hw.device(1))}, lens(3))
+            assert out.device == hw.device(1)
+            assert out.tolist() == [2, 2, 2]
+            with hw.stream_context(hw.create_stream(hw.device(1))):
+                prepared = runner.prepare({"x": torch.full((3,), 4.0)}, lens(3))
+            assert runner.replay(prepared).tolist() == [8, 8, 8]
+            hw.set_device(0)
+            stranger = torch.ones(3, device=hw.device(0))
+            with pytest.raises(ArgumentTypeError, match=f"on {hw.device(1)} or on the host"):
+                runner.prepare({"x": stranger}, lens(3))
+    finally:
+        hw.set_device(0)
+
+
 # --- Which batches have a graph -------------------------------------------------------------------
 
 
