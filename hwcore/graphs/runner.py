@@ -58,8 +58,9 @@ class GraphRunner:
     **Inputs.** All buckets share one set of static buffers, so one batch at a time is prepared:
     preparing the next takes the place of one that was not replayed. Whatever streams the calls run
     on, each waits on the device, and not on the host, for the call before: an input is not
-    overwritten while a replay reads it, a replay does not start before its inputs are there. A
-    copy of host inputs blocks the host where ``host_memory_policy()`` does not say
+    overwritten while a replay reads it, a replay does not start before its inputs are there. Who
+    writes an input in place, into ``buffers.rows(...).real``, waits for the last replay himself.
+    A copy of host inputs blocks the host where ``host_memory_policy()`` does not say
     ``copies_ordered_with_kernels``.
 
     **Outputs** are views of the graphs' memory without the padded rows. They hold until the next

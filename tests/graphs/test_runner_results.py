@@ -136,6 +136,22 @@ def test_outputs_are_views_of_what_the_graph_writes(hw):
         assert first.tolist() == [8, 8, 8], "as documented: a replay takes back what came before"
 
 
+def test_a_replay_of_another_bucket_may_take_outputs_back_where_graphs_share_memory(hw):
+    """Why outputs are said to hold until the next replay of any bucket, and not of their own."""
+
+    def fn(x):
+        for _ in range(3):
+            x = x + 1  # by turns in two places of the pool
+        return x
+
+    slots = {"x": Slot(torch.float32, (BATCH, 256))}
+    with runner_of(hw, fn, slots, [(8, 1), (7, 1)]) as runner:
+        small = runner.run({"x": torch.zeros(7, 256, device=hw.device())}, lens(7))
+        assert (small == 3).all()
+        runner.run({"x": torch.full((8, 256), 90.0, device=hw.device())}, lens(8))
+        assert bool((small == 3).all()) is (hw.info.name != "sim")
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_outputs_of_tokens_are_cut_to_the_real_tokens(hw, width):
     slots = {"x": Slot(torch.float32, (TOKENS,))}

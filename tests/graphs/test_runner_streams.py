@@ -300,6 +300,19 @@ def test_threads_that_do_not_agree_get_an_error_and_no_wrong_value(hw):
     assert failures == []
 
 
+def test_buffers_of_a_dropped_runner_stay_for_the_streams_that_use_them(hw):
+    with draining(hw, "lazy"), Sanitizer(hw, on_race="collect") as sanitizer:
+        runner, side = simple(hw), hw.create_stream()
+        x = torch.ones(3, device=hw.device())
+        hw.wait_stream(side, hw.current_stream())
+        with hw.stream_context(side):
+            runner.prepare({"x": x}, lens(3))
+        del runner
+        gc.collect()
+        assert sanitizer.take() == []
+        hw.synchronize()
+
+
 @pytest.mark.parametrize("end", ["close", "recapture"])
 def test_what_uses_outputs_when_graphs_are_released_has_run_by_then(hw, end):
     with draining(hw, "lazy"), Sanitizer(hw, on_race="collect") as sanitizer:
