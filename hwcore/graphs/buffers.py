@@ -296,8 +296,7 @@ class GraphBuffers:
     def _view(self, slot: Slot, bucket: Bucket, offset: int) -> torch.Tensor:
         shape = slot.shape_for(*bucket)
         part = self.memory[offset : offset + math.prod(shape) * slot.dtype.itemsize]
-        # `.data` counts writes by itself: that is how a slot that the graph writes is found.
-        return part.view(slot.dtype).view(shape).data
+        return part.view(slot.dtype).view(shape)
 
 
 def _refuse(

@@ -17,6 +17,11 @@ from hwcore.graphs import BATCH, GraphRunner, Slot, budget
 
 from ._steps import BUCKETS, SLOTS, Step, inputs, lens, runner_of, simple
 
+
+class _BrokenError(Exception):
+    pass
+
+
 X = {"x": Slot(torch.float32, (BATCH,), fill=100.0)}
 
 
@@ -141,6 +146,17 @@ def test_a_progress_bar_counts_graphs_and_shows_the_memory_used(hw, capsys):
     assert re.search(r"graphs .* 2/2 .*\d+ MiB used", shown.err)
 
 
+def test_a_progress_bar_ends_where_a_capture_fails(hw, capsys):
+    def fn(x):
+        if x.shape[0] == 1:
+            raise _BrokenError
+        return x * 2
+
+    with pytest.raises(CaptureError):
+        runner_of(hw, fn, X, [(1, 1), (2, 1)], progress=True)
+    assert re.search(r"graphs .* 1/2 .*used +\(1, 1\)", capsys.readouterr().err)
+
+
 def test_without_a_terminal_there_is_no_progress_bar(hw, capsys):
     with simple(hw):
         assert capsys.readouterr() == ("", "")
@@ -223,10 +239,6 @@ def test_a_device_that_runs_out_of_streams_is_named_with_the_bucket(hw, held):
 
 
 # --- Failures -------------------------------------------------------------------------------------
-
-
-class _BrokenError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("while_capturing", [False, True], ids=["warm-up", "capture"])
