@@ -31,7 +31,7 @@ class Addresses:
     Parameters
     ----------
     static : Mapping of str to Tensor, Module, or nested list, tuple or dict of those
-        None and numbers in them are passed over.
+        None, numbers and text in them are passed over.
 
     Raises
     ------
@@ -64,7 +64,7 @@ class Addresses:
         ):
             return None
         name = next(self._which(), None)
-        if name is None:  # something was added, which no graph knows of
+        if name is None:  # a number changed, or something was added that no graph knows of
             for _, held, view in self._holders:
                 held[:] = view
             self._flatten()
@@ -96,7 +96,7 @@ class Addresses:
         for names, held, view in self._holders:
             now = itertools.chain(view, itertools.repeat(gone))
             for name, was, value in zip(names, held, now, strict=False):
-                if was is not value:
+                if was is not value and not _is_plain(was):
                     yield name
         for name, tensor, was in zip(
             self._tensor_names, self._tensors, self._pointers, strict=True
@@ -105,7 +105,7 @@ class Addresses:
                 yield name
 
     def _note(self, name: str, value: Any, seen: set[int]) -> None:
-        if value is None or isinstance(value, (bool, int, float, str)) or id(value) in seen:
+        if _is_plain(value) or id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
@@ -134,3 +134,7 @@ class Addresses:
             self._holders.append((names, [value for _, value in items], view))
         for key, value in items:
             self._note(f"{name}.{key}", value, seen)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -87,8 +87,7 @@ class GraphBuffers:
             offsets[name] = size_bytes
             largest = max(slot.size_bytes(bucket) for bucket in self.buckets)
             size_bytes += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        # Made outside of inference mode, whose tensors could not be told from written ones, nor be
-        # written outside of it.
+        # Outside of inference mode, whose tensors count no writes and take none after it.
         with torch.inference_mode(False):
             self.memory = torch.empty(size_bytes, dtype=torch.uint8, device=device or hw.device())
             self._views = {

@@ -65,14 +65,13 @@ def copy_group(slot: Slot) -> tuple[bool, str]:
 
 
 def copy_runs(slots: Sequence[Slot], device: torch.device) -> list[slice]:
-    """Return which runs of slots are copied by one call each.
+    """Return which slots, of those in the order of their groups, are copied by one call each.
 
     On the host that is all of them; on a device torch has one kernel for many tensors of one dtype,
     and copies one after the other where they differ.
     """
     if device.type == "cpu":
         return [slice(0, len(slots))]
-    starts = [
-        n for n, slot in enumerate(slots) if not n or copy_group(slot) != copy_group(slots[n - 1])
-    ]
-    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(slots)])]
+    lengths = [len(list(run)) for _, run in itertools.groupby(slots, copy_group)]
+    ends = [0, *itertools.accumulate(lengths)]
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]

@@ -413,6 +413,7 @@ def test_a_static_tensor_that_moved_is_named_and_recapture_follows_it(hw, model,
         lambda m, kv: kv["layers"].append(torch.zeros(1)),
         lambda m, kv: m.inner._buffers.update(more=torch.zeros(1)),
         lambda m, kv: kv.update(other=None),
+        lambda m, kv: kv.update(page_size=10_000 + kv["page_size"]),
     ],
 )
 def test_what_changes_in_place_or_is_added_has_not_moved(hw, model, kv, change):
