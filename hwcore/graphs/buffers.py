@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Copies", "GraphBuffers"]
 
 _ALIGNMENT = 256  # bytes: what vectorised kernels and copy engines ask for at most
+_LARGEST_ITEM = 16  # bytes, of complex128
 
 _data_ptr = torch.Tensor.data_ptr
 Copies: TypeAlias = tuple[torch.Tensor, ...] | list[tuple[torch.Tensor, torch.Tensor]]
@@ -82,24 +83,30 @@ class GraphBuffers:
         self.slots = MappingProxyType(dict(ordered))
         self.buckets = check_buckets(buckets)
         hw = backend or hwcore.current_backend()
-        offsets, size_bytes = {}, 0
+        fills = {name: _LARGEST_ITEM * n for n, name in enumerate(self.slots)}
+        size_bytes = _aligned(_LARGEST_ITEM * len(self.slots))
+        offsets = {}
         for name, slot in self.slots.items():
             offsets[name] = size_bytes
-            largest = max(slot.size_bytes(bucket) for bucket in self.buckets)
-            size_bytes += -(-largest // _ALIGNMENT) * _ALIGNMENT
+            size_bytes += _aligned(max(slot.size_bytes(bucket) for bucket in self.buckets))
         # Outside of inference mode, whose tensors count no writes and take none after it.
         with torch.inference_mode(False):
             self.memory = torch.empty(size_bytes, dtype=torch.uint8, device=device or hw.device())
             self._views = {
                 bucket: MappingProxyType(
                     {
-                        name: self._view(slot, bucket, offsets[name])
+                        name: self._view(offsets[name], slot.dtype, slot.shape_for(*bucket))
                         for name, slot in self.slots.items()
                     }
                 )
                 for bucket in self.buckets
             }
-            for views in self._views.values():
+            # Each slot's fill as a scalar on the device: what padding is copied from, in one call.
+            self._fills = {
+                name: self._view(fills[name], slot.dtype, torch.Size())
+                for name, slot in self.slots.items()
+            }
+            for views in (self._fills, *self._views.values()):
                 for name, view in views.items():
                     view.fill_(self.slots[name].fill)
         self.device = self.memory.device
@@ -133,7 +140,7 @@ class GraphBuffers:
                     describe("GraphBuffers.rows", "`batch_size`", batch_size, expected, fix)
                 )
             with torch.inference_mode(False):
-                rows = Rows(bucket, batch_size, self.slots, views)
+                rows = Rows(bucket, batch_size, self.slots, views, self._fills)
             self._rows[bucket, batch_size] = rows
         return rows
 
@@ -198,11 +205,8 @@ class GraphBuffers:
                 to.copy_(given, non_blocking=self._non_blocking)
                 if given.device != self.device and self._non_blocking:
                     unfinished.append(given)
-        if before is not rows and (
-            before is None or before.bucket != rows.bucket or before.batch_size > rows.batch_size
-        ):
-            for view, fill in rows.padding:
-                view.fill_(fill)
+        if rows.padding and not rows.is_padded_after(before):
+            _copy_all(rows.padding, rows.fills)
         self._filled = rows
         return unfinished
 
@@ -292,10 +296,13 @@ class GraphBuffers:
             )
         return bucket
 
-    def _view(self, slot: Slot, bucket: Bucket, offset: int) -> torch.Tensor:
-        shape = slot.shape_for(*bucket)
-        part = self.memory[offset : offset + math.prod(shape) * slot.dtype.itemsize]
-        return part.view(slot.dtype).view(shape)
+    def _view(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        part = self.memory[offset : offset + math.prod(shape) * dtype.itemsize]
+        return part.view(dtype).view(shape)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _refuse(

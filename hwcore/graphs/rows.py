@@ -28,11 +28,15 @@ class Rows:
     batch_size : int
     real : dict of str to Tensor
         Views of the first ``batch_size`` requests.
-    padding : list of (Tensor, number)
-        Views of the rest, with what they are to hold; empty where nothing is padded.
+    targets : list of Tensor
+        The same in the order of the slots.
+    padding : list of Tensor
+        Views of the rest; empty where nothing is padded.
+    fills : list of Tensor
+        What each of ``padding`` is to hold, expanded to its shape.
     """
 
-    __slots__ = ("_forms", "batch_size", "bucket", "padding", "real", "targets")
+    __slots__ = ("_forms", "batch_size", "bucket", "fills", "padding", "real", "targets")
 
     def __init__(
         self,
@@ -40,22 +44,33 @@ class Rows:
         batch_size: int,
         slots: Mapping[str, Slot],
         views: Mapping[str, torch.Tensor],
+        fills: Mapping[str, torch.Tensor],
     ) -> None:
         self.bucket, self.batch_size = bucket, batch_size
         self.real: dict[str, torch.Tensor] = {}
-        self.padding: list[tuple[torch.Tensor, complex]] = []
+        self.padding: list[torch.Tensor] = []
+        self.fills: list[torch.Tensor] = []
         for name, slot in slots.items():
             view, axis = views[name], slot.axis
             count = slot.shape_for(batch_size, bucket[1])[axis]
             self.real[name] = view.narrow(axis, 0, count)
             if padded := view.shape[axis] - count:
-                self.padding.append((view.narrow(axis, count, padded), slot.fill))
+                self.padding.append(view.narrow(axis, count, padded))
+                self.fills.append(fills[name].expand_as(self.padding[-1]))
         self.targets = list(self.real.values())
         self._forms = [_form(target) for target in self.targets]
 
     def fit(self, inputs: Sequence[Any]) -> bool:
         """Say whether inputs have the form of the slots, in the order of the slots."""
         return [*map(_form, inputs)] == self._forms
+
+    def is_padded_after(self, before: Rows | None) -> bool:
+        """Say whether the padding is in place where those rows, and their padding, were written."""
+        return before is self or (
+            before is not None
+            and before.bucket == self.bucket
+            and before.batch_size <= self.batch_size
+        )
 
 
 def copy_group(slot: Slot) -> tuple[bool, str]:
