@@ -321,7 +321,10 @@ def test_what_uses_outputs_when_graphs_are_released_has_run_by_then(hw, end):
         side = hw.create_stream()
         runner = simple(hw)
         with hw.stream_context(side):
-            result.copy_(runner.run({"x": torch.ones(3, device=hw.device())}, lens(3)))
+            out = runner.run({"x": torch.ones(3, device=hw.device())}, lens(3))
+            hw.synchronize_stream(side)  # the replay, but not what follows it
+            result.copy_(out)
+        del out
         getattr(runner, end)()
         del runner
         gc.collect()
