@@ -240,6 +240,7 @@ def test_a_pinned_input_may_be_dropped_at_once(hw, reuse):
             del other
         # What has been copied is let go of with the next that is kept.
         assert len(runner._host_inputs) == (1 if hw.info.name == "sim" and reuse == "early" else 0)
+    assert len(runner._host_inputs) == 0
 
 
 def test_host_inputs_are_copied_at_once_where_copies_are_not_ordered(hw, monkeypatch):
