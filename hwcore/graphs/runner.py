@@ -66,8 +66,8 @@ class GraphRunner:
     **Outputs** are views of the graphs' memory without the padded rows. They hold until the next
     replay of *any* bucket: where graphs share a pool, one's outputs may lie where another computes.
     Clone what must live longer, and return no more than is used: the outputs of all buckets stay
-    allocated. A consumer on another stream waits for the replaying stream, and
-    is itself waited for before the next replay; the race sanitizer sees either wait missing.
+    allocated. A consumer on another stream waits for the replaying stream, and is itself waited for
+    before the next replay; the race sanitizer sees either wait missing.
 
     **Padding.** The requests behind the real ones hold each slot's ``fill`` and never what an
     earlier batch left; what the function computes for them is not returned. A function may write
@@ -94,7 +94,8 @@ class GraphRunner:
         with the quirk ``capture_stream_limit``.
     static : Mapping of str to Tensor, Module, or nested list or dict of those
         What the function uses beside its inputs, weights and pools for two: each replay makes sure
-        that it has not moved. See :class:`hwcore.graphs.addresses.Addresses`.
+        that it has not moved, at some 0.1 µs a tensor. Where weights move together or not at all,
+        those of one layer are enough. See :class:`hwcore.graphs.addresses.Addresses`.
     pad_seq_len : int
         The host's length of a padded request; as the ``fill`` of the slot that holds lengths.
     progress : bool, optional
