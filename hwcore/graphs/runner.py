@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hwcore
-from hwcore.errors import ArgumentTypeError, describe
+from hwcore.errors import ArgumentTypeError, ClosedError, describe
 from hwcore.graphs.buffers import GraphBuffers
 from hwcore.graphs.graph_set import GraphSet
 from hwcore.graphs.host_inputs import HostInputs
@@ -211,8 +211,9 @@ class GraphRunner:
         ------
         ArgumentValueError
             If ``batch_size`` is no int ≥ 0, or ``tokens_per_request`` none ≥ 1.
+        ClosedError
         CaptureError
-            If the runner was closed.
+            Within a capture.
         """
         at_least("GraphRunner.can_run", 0, batch_size=batch_size)
         at_least("GraphRunner.can_run", 1, tokens_per_request=tokens_per_request)
@@ -261,8 +262,9 @@ class GraphRunner:
         ------
         ArgumentTypeError, ArgumentValueError
             If no bucket takes the batch; if inputs have drifted, or alias the static buffers.
+        ClosedError
         CaptureError
-            If nothing was captured, the runner was closed, or within a capture.
+            If nothing was captured, or within a capture.
         """
         with self._lock:
             if self._closed or self._capturing or self._hw.is_capturing():
@@ -317,8 +319,9 @@ class GraphRunner:
         ArgumentTypeError, ArgumentValueError
             If ``prepared`` is not the latest batch or was replayed; if ``recomputed`` lacks what
             was not given to ``prepare``, or what this backend does not trust after a plan stream.
+        ClosedError
         CaptureError
-            If the runner was closed, or within a capture.
+            Within a capture.
         """
         with self._lock:
             if self._closed or self._capturing or self._hw.is_capturing():
@@ -438,7 +441,7 @@ class GraphRunner:
     def _refuse_state(self, method: str) -> None:
         """Raise if the runner is closed, or something is being captured."""
         if self._closed:
-            misuse(method, "a closed runner", "an open one", "Make a new GraphRunner")
+            misuse(method, "a closed runner", "an open one", "Make a new GraphRunner", ClosedError)
         if self._capturing or self._hw.is_capturing():
             fix = "Call it before or after the capture"
             misuse(method, "a call within a capture", "one outside", fix)
