@@ -15,7 +15,7 @@ from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.overlap.relay import RelayPayload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -25,9 +25,11 @@ __all__ = [
     "INDEX_DTYPES",
     "check_batch",
     "check_held",
+    "check_needs",
     "check_payload",
     "check_range",
     "check_rows_once",
+    "check_switch",
     "is_on_host",
 ]
 
@@ -86,6 +88,22 @@ def check_held(where: str, name: str, fields: Iterable[str]) -> None:
         raise ArgumentValueError(describe(where, "value", name, expected, fix))
 
 
+def check_needs(where: str, needs: Sequence[str], fields: Iterable[str]) -> None:
+    """Raise unless the map has all values that are named."""
+    if isinstance(needs, str):
+        expected, fix = "a sequence of names", f"Pass ({needs!r},)"
+        raise ArgumentTypeError(describe(where, "needs", needs, expected, fix))
+    for name in needs:
+        check_held(where, name, fields)
+
+
+def check_switch(where: str, name: str, value: object) -> None:
+    """Raise unless a switch is on, off, or left to others."""
+    if value is not None and not isinstance(value, bool):
+        fix = "Pass one of them"
+        raise ArgumentTypeError(describe(where, name, value, "True, False or None", fix))
+
+
 def check_payload(
     where: str,
     payload: RelayPayload,
@@ -104,5 +122,9 @@ def check_payload(
                 raise ArgumentTypeError(describe(where, name, None, expected, fix))
             continue
         check_held(where, name, fields)
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            fix = f"Convert it with {name}.to_dense()"
+            what = f"{name}.layout"
+            raise ArgumentTypeError(describe(where, what, value.layout, "torch.strided", fix))
         sizes = [("bs", count), *((name, size) for size in fields[name].shape)]
         check_tensor(where, name, value, (fields[name].dtype,), sizes, device)

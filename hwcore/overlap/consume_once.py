@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hwcore.backend import Backend
-    from hwcore.overlap.relay import Rows
+    from hwcore.overlap.relay import RelaySpec, Rows
 
 __all__ = ["ConsumeOnce"]
 
 _NEVER = -2  # upper half of the guard of a row never written, or discarded; of a consumed one: -1
 _HALF = 1 << 32
-_FAR = 1 << 40  # beyond any row: marks an index that is none
+_FAR = 1 << 40  # beyond what an index is noted as: marks one that is no row
 
 
 class Check(enum.IntEnum):
@@ -39,7 +39,7 @@ class Check(enum.IntEnum):
 
 
 class ConsumeOnce:
-    """Watches the rows of one map.
+    """Watches the rows of one map. Each call belongs to an iteration, by its number.
 
     Parameters
     ----------
@@ -47,22 +47,24 @@ class ConsumeOnce:
         Whose compile policy and kernels count.
     rows : Rows
         With guards; ``pool_size`` rows and the one that padding is written to.
-    pool_size : int
+    spec : RelaySpec
 
     Attributes
     ----------
     record : Tensor, int64, [NUMBERS], device
-        The first failure since it was last taken: number, check, iteration of reads and of writes;
-        the number is 0 while there is none.
+        The first failure since it was last taken: number, check, iteration; the number is 0 while
+        there is none.
+    memory : tuple of Tensor
+        All that it holds on the device beside the rows.
     """
 
-    NUMBERS = 4
+    NUMBERS = 3
 
-    def __init__(self, backend: Backend, rows: Rows, pool_size: int) -> None:
+    def __init__(self, backend: Backend, rows: Rows, spec: RelaySpec) -> None:
         # Here, not above: importing this module must ask no backend for its policy.
         from hwcore.compilation import compile as compiled
 
-        device = rows.words.device
+        device, pool_size = rows.words.device, spec.pool_size
         self._pool_size = pool_size
         self._guards = rows.views["guard"]
         self._state = rows.state()
@@ -71,36 +73,40 @@ class ConsumeOnce:
         self._assert_and_invalidate = compiled(
             kernel(backend, assert_and_invalidate), dynamic=True, fullgraph=True, backend=backend
         )
-        self._numbers = torch.arange(pool_size + 1, device=device)
+        self._numbers = torch.arange(max(pool_size + 1, spec.batch_limit), device=device)
         self._last = torch.zeros(pool_size + 1, dtype=torch.int64, device=device)
         self._outcomes = torch.zeros(len(Check), dtype=torch.int64, device=device)
         self._outcome = list(self._outcomes.unbind())
         self._checks = torch.arange(len(Check), device=device)
-        self._pending: dict[bool, int] = {}  # of writes or of reads: iteration not yet folded
+        self._pending: int | None = None  # iteration of outcomes that are not folded
         self.record = torch.zeros(self.NUMBERS, dtype=torch.int64, device=device)
-        self._guards.copy_(self._numbers)
+        self.memory = (self._numbers, self._last, self._outcomes, self._checks, self.record)
+        self._guards.copy_(self._numbers[: pool_size + 1])
         self._state.fill_(-1)
         self._flags.fill_(_NEVER)
         self._padding.zero_()
 
-    def valid(self, indices: Tensor, iteration: int, writes: bool) -> Tensor:
-        """Return the indices with row 0 in place of those out of range, which are noted."""
-        self._begin(iteration, writes)
+    def valid(self, indices: Tensor, iteration: int) -> Tensor:
+        """Return the indices, int64, with row 0 for those out of range, which are noted."""
+        self._begin(iteration)
+        indices = indices.to(torch.int64)
         bad = (indices < 0) | (indices >= self._pool_size)
-        self._note(Check.INDEX, torch.where(bad, indices - _FAR, 0))
+        told = indices.clamp(-_HALF, _HALF)  # what is further out is noted as that
+        self._note(Check.INDEX, torch.where(bad, told - _FAR, 0))
         return indices.masked_fill(bad, 0)
 
     def read(self, guards: Tensor, indices: Tensor, iteration: int) -> None:
         """Note rows that were empty when they were read, and empty them."""
-        self._begin(iteration, writes=False)
+        self._begin(iteration)
         if indices.dtype is not torch.int64:
             indices = indices.to(torch.int64)
+        # An iteration is one read: no earlier outcome is overwritten.
         self._assert_and_invalidate(guards, self._state, indices, self._outcome[Check.READ])
         self._padding.zero_()
 
     def write(self, targets: Tensor, iteration: int) -> None:
         """Note rows that are still full, or twice in one stash, before they are written."""
-        self._begin(iteration, writes=True)
+        self._begin(iteration)
         # A full row's guard is its number, an empty one's is negative: inverted, the other way.
         self._note(Check.WRITE, ~self._guards.index_select(0, targets))
         order = self._numbers[: targets.shape[0]]
@@ -119,16 +125,18 @@ class ConsumeOnce:
         self._flags.index_fill_(0, targets, _NEVER)
 
     def fold(self) -> None:
-        """Put the first failure that is not yet in the record there; on the current stream."""
-        if not self._pending:
+        """Put the first failure that is not yet in the record there; on the current stream.
+
+        Called by whatever a step does but its ``resolve``, which is to be fast.
+        """
+        if self._pending is None:
             return
         first = torch.where(self._outcomes < 0, self._checks, len(Check) - 1).amin().view(1)
-        found = torch.cat((self._outcomes.index_select(0, first), first, self.record.new_zeros(2)))
-        found[2].fill_(self._pending.get(False, 0))
-        found[3].fill_(self._pending.get(True, 0))
+        number = self._outcomes.index_select(0, first)
+        found = torch.cat((number, first, first.new_full((1,), self._pending)))
         self.record.copy_(torch.where(self.record[0] < 0, self.record, found))
         self._outcomes.zero_()
-        self._pending.clear()
+        self._pending = None
 
     def take(self, record: list[int]) -> None:
         """Raise what a copy of the record says, and forget it.
@@ -137,35 +145,33 @@ class ConsumeOnce:
         ------
         ConsumeOnceError
         """
-        number, check, read, written = record
-        if number >= 0:
-            return
-        self.record.zero_()
-        raise _error(number, Check(check), read, written)
+        number, check, iteration = record
+        if number < 0:
+            self.record.zero_()
+            raise _error(number, Check(check), iteration)
 
-    def _begin(self, iteration: int, writes: bool) -> None:
+    def _begin(self, iteration: int) -> None:
         """Let failures of another iteration go into the record first, with their own number."""
-        if self._pending.get(writes, iteration) != iteration:
+        if self._pending != iteration:
             self.fold()
-        self._pending[writes] = iteration
+            self._pending = iteration
 
     def _note(self, check: Check, values: Tensor) -> None:
         outcome = self._outcome[check]
         torch.minimum(outcome, values.amin(), out=outcome)
 
 
-def _error(number: int, check: Check, read: int, written: int) -> ConsumeOnceError:
-    token = "next_token"
+def _error(number: int, check: Check, iteration: int) -> ConsumeOnceError:
     if check is Check.READ:
         row, discarded = number % _HALF, number // _HALF == _NEVER
         kind = "read before it was written" if discarded else "read twice"
         fix = "Resolve each row once after its stash, and discard the rows of retracted requests"
-        return ConsumeOnceError(token, row, read, kind, fix)
-    if check is Check.INDEX:
-        fix = "Pass rows of the request pool"
-        return ConsumeOnceError(token, number + _FAR, max(read, written), "out of range", fix)
-    kind = "written twice" if check is Check.WRITE else "in one stash twice"
-    fix = "Resolve a row, or discard it, before it is written again"
-    if check is Check.UNIQUE:
-        fix = "Stash each row once"
-    return ConsumeOnceError(token, ~number, written, kind, fix)
+    elif check is Check.INDEX:
+        row, kind, fix = number + _FAR, "out of range", "Pass rows of the request pool"
+    elif check is Check.UNIQUE:
+        row, kind, fix = ~number, "in one stash twice", "Stash each row once"
+    else:
+        row, kind = ~number, "written twice"
+        fix = "Resolve a row, or discard it, before it is written again"
+    # The token stands for its row.
+    return ConsumeOnceError("next_token", row, iteration, kind, fix)

@@ -6,10 +6,10 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from hwcore.errors import ArgumentValueError
+from hwcore.errors import ArgumentValueError, CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hwcore.types import Event, Stream
 
 __all__ = ["StreamFence"]
+
+_MANY_EVENTS = 64  # streams that come and go leave theirs behind
 
 
 class StreamFence:
@@ -33,6 +35,9 @@ class StreamFence:
         By default the process's own.
     device : torch.device, optional
         Whose streams; by default the current one at each call.
+    memory : sequence of Tensor
+        What is shared, where it may be freed while streams still work on it: the allocator is told
+        of each.
 
     Examples
     --------
@@ -49,14 +54,21 @@ class StreamFence:
     Blocks of several threads come one after the other; a block inside another of the same fence
     is an error. A block that raises ends like any other, for what it had submitted will run.
     Cost: one ``record_event`` a block, and one ``wait_event`` for each other stream that is to be
-    waited for. Graph-safe: no, an event of a capture means nothing outside.
+    waited for. Within a graph capture blocks are refused: an event of a capture means nothing
+    outside.
     """
 
-    def __init__(self, backend: Backend | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend | None = None,
+        device: torch.device | None = None,
+        memory: Sequence[torch.Tensor] = (),
+    ) -> None:
         from hwcore.activation import current_backend
 
         self._backend = backend or current_backend()
         self._device = device
+        self._memory = tuple(memory)
         self._lock = threading.RLock()
         self._entered = False
         # Recording an event again moves it. One a stream is enough, for a stream's later record
@@ -115,19 +127,29 @@ class StreamFence:
             self._writer, self._written = stream, self._event("write", stream)
         self._backend.record_event(self._written, stream)
 
-    def streams(self) -> set[Stream]:
-        """Return the streams that ended a block so far."""
-        return {stream for _, stream in self._events}
-
     def _event(self, kind: str, stream: Stream) -> Event:
         event = self._events.get((kind, stream))
         if event is None:
+            if len(self._events) >= _MANY_EVENTS:
+                self._forget_superseded()
+            for tensor in self._memory:
+                self._backend.record_stream(tensor, stream)
             event = self._events[kind, stream] = self._backend.create_event(stream.device)
         return event
+
+    def _forget_superseded(self) -> None:
+        used = {id(event) for event in (self._written, *self._reads.values())}
+        self._events = {key: event for key, event in self._events.items() if id(event) in used}
 
     @contextlib.contextmanager
     def _block(self) -> Iterator[Stream]:
         with self._lock:
+            if self._backend.is_capturing():
+                message = (
+                    "StreamFence: a block was entered inside a graph capture; expected it outside, "
+                    "for others wait for its end. Put the capture, or the replay, into the block."
+                )
+                raise CaptureError(message)
             if self._entered:
                 message = (
                     "StreamFence: a block was entered inside another of the same fence; expected "

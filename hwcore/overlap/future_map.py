@@ -15,10 +15,11 @@ from hwcore.kernels import gather_rows, kernel
 from hwcore.overlap.checks import (
     INDEX_DTYPES,
     check_batch,
-    check_held,
+    check_needs,
     check_payload,
     check_range,
     check_rows_once,
+    check_switch,
     is_on_host,
 )
 from hwcore.overlap.consume_once import ConsumeOnce
@@ -67,8 +68,8 @@ class FutureMap:
     Attributes
     ----------
     nbytes : int
-        Memory of the map: its rows, the lengths, and twice the longest batch for what ``resolve``
-        returns; one row more than the pool's, to which padding is written.
+        Device memory of the map: its rows and one more, to which padding is written; twice the
+        longest batch for what ``resolve`` returns; the lengths; what debugging notes.
 
     Raises
     ------
@@ -80,14 +81,15 @@ class FutureMap:
     Row 0 is the padding row of graph-padded batches. It may occur any number of times in
     ``indices``, reads as zeros, and what is written to it is dropped.
 
-    Debugging finds on the device, without the host, a row that is read before it was written or
-    read twice, written twice, in one stash twice, or out of range. The first failure is raised as
-    :class:`~hwcore.errors.ConsumeOnceError` by the next ``resolve_seq_lens(to_cpu=True)`` after
-    the next publish, :meth:`check` or :meth:`close`; the map goes on working. A consumed row's
-    token reads -1.
+    Debugging finds on the device, without the host, a row that is read before it was written, read
+    twice by two calls, written twice, in one stash twice, or out of range. The first failure is
+    raised as :class:`~hwcore.errors.ConsumeOnceError` by the next ``resolve_seq_lens(to_cpu=True)``
+    after the next publish, :meth:`check` or :meth:`close`; the map goes on working. A consumed
+    row's token reads -1. An iteration is a ``resolve`` and what follows it.
 
     Threads may share a map; their calls come one after the other. Graph-safe: no, for the memory
-    that ``resolve`` returns alternates; capture what uses it instead.
+    that ``resolve`` returns alternates; capture what uses it instead. Not inside
+    ``torch.compile(fullgraph=True)``.
 
     Source: SGLang's FutureMap and its relay buffers; see ``docs/migration.md`` for its names.
     """
@@ -103,36 +105,40 @@ class FutureMap:
         from hwcore.activation import current_backend
 
         check_instance("FutureMap", "spec", spec, RelaySpec, "RelaySpec(pool_size=...)")
+        check_switch("FutureMap", "debug", debug)
         self.spec = spec
         self._backend = backend or current_backend()
         self._debug = debug_enabled() if debug is None else debug
         fields, words = fields_of(spec, guarded=self._debug)
         self._fields = {field.name: field for field in fields if field.name != "guard"}
-        # One row more than the pool's: what is written for padding goes there.
-        memory = torch.zeros(
-            spec.pool_size + 1, words, dtype=torch.int64, device=device or self._backend.device()
-        )
-        self.device = memory.device
-        self._rows = Rows(memory, fields)
-        self._pool = memory[: spec.pool_size]
-        output = memory.new_empty(spec.batch_limit, words)
-        self._outputs = Outputs(self._backend, output, fields)
-        self._seq_lens = SeqLens(
-            self._backend, spec.pool_size + 1, spec.batch_limit, ConsumeOnce.NUMBERS, self.device
-        )
-        self.nbytes = memory.nbytes + self._seq_lens.lens.nbytes + 2 * output.nbytes
+        device = device or self._backend.device()
+        # Outside of inference mode, whose tensors take no writes after it.
+        with torch.inference_mode(False), torch.no_grad():
+            # One row more than the pool's: what is written for padding goes there.
+            memory = torch.zeros(spec.pool_size + 1, words, dtype=torch.int64, device=device)
+            self.device = memory.device
+            self._rows = Rows(memory, fields)
+            self._pool = memory[: spec.pool_size]
+            self._watch = ConsumeOnce(self._backend, self._rows, spec) if self._debug else None
+            self._seq_lens = SeqLens(
+                self._backend,
+                spec.pool_size + 1,
+                spec.batch_limit,
+                ConsumeOnce.NUMBERS,
+                self.device,
+            )
+        self._outputs = Outputs(self._backend, memory, spec.batch_limit, fields)
+        held = (memory, *(self._watch.memory if self._watch is not None else ()))
+        self.nbytes = self._outputs.nbytes + self._seq_lens.nbytes + sum(t.nbytes for t in held)
         self._gather = kernel(self._backend, gather_rows)
-        self._watch = None
-        if self._debug:
-            self._watch = ConsumeOnce(self._backend, self._rows, spec.pool_size)
-        self._fence = StreamFence(self._backend, self.device)
+        self._fence = StreamFence(self._backend, self.device, held)
         self._lock = threading.RLock()
         self._iteration = 0
         self._closed = False
         # Whoever comes first, on whatever stream, comes after the buffers were filled.
-        self._home = self._backend.current_stream(self.device)
-        self._fence.end_write(self._home)
-        self._seq_lens.fence.end_write(self._home)
+        stream = self._backend.current_stream(self.device)
+        self._fence.end_write(stream)
+        self._seq_lens.fence.end_write(stream)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ", debug" if self._debug else ""
@@ -150,7 +156,8 @@ class FutureMap:
         if exc is None:
             self.close()
         else:
-            self._release()  # the program's own error is the one to see
+            with self._lock:
+                self._release()  # the program's own error is the one to see
 
     def publish(self, indices: Tensor, new_seq_lens: Tensor) -> None:
         """Write the sequence lengths after a step.
@@ -163,13 +170,14 @@ class FutureMap:
         indices : Tensor, int64 or int32, [bs], device
             Rows of the batch, in [0, pool_size); none twice but the padding row 0.
         new_seq_lens : Tensor, int64 or int32, [bs], device
-            At least 0.
+            Not looked at.
 
         Raises
         ------
         ArgumentTypeError, ArgumentValueError
             If a dtype, shape or device is wrong, or an index is out of range or repeated (content:
-            CPU tensors; on other devices debugging finds it, and raises it later).
+            CPU tensors; on other devices debugging finds what is out of range, and what a stash
+            repeats, and raises it later).
         ClosedError, CaptureError
         """
         where = "FutureMap.publish"
@@ -181,7 +189,7 @@ class FutureMap:
             with self._turn(self._seq_lens.fence):
                 if self._watch is not None:
                     with self._turn(self._fence):
-                        indices = self._noted(indices, writes=True)
+                        indices = self._noted(indices)
                         self._watch.fold()
                         self._seq_lens.note.copy_(self._watch.record)
                 if count:
@@ -203,8 +211,8 @@ class FutureMap:
         Raises
         ------
         ArgumentTypeError, ArgumentValueError
-            If a value is missing or the map has no place for it, or a dtype, shape or device is
-            wrong; and as for :meth:`publish`. Nothing has been written then.
+            If a value is missing or the map has no place for it, or a dtype, layout, shape or
+            device is wrong; and as for :meth:`publish`. Nothing has been written then.
         ClosedError, CaptureError
         """
         where = "FutureMap.stash"
@@ -214,15 +222,16 @@ class FutureMap:
             check_payload(where, payload, self._fields, count, self.device)
             if not count:
                 return
+            bits = {name: as_bits(getattr(payload, name)) for name in self._fields}
             with self._turn(self._fence):
-                targets = self._targets(self._noted(indices, writes=True))
+                targets = self._targets(self._noted(indices))
                 if self._watch is not None:
                     self._watch.write(targets, self._iteration)
-                for name in self._fields:
-                    value = getattr(payload, name)
-                    self._rows.bits[name].index_copy_(0, targets, as_bits(value))
+                for name, value in bits.items():
+                    self._rows.bits[name].index_copy_(0, targets, value)
                 if self._watch is not None:
                     self._watch.written(targets)
+                    self._watch.fold()
 
     def resolve(self, indices: Tensor, *, needs: Sequence[str] = ()) -> RelayPayload:
         """Read what the last step of a batch stashed: one gather, however many values there are.
@@ -232,7 +241,8 @@ class FutureMap:
         Parameters
         ----------
         indices : Tensor, int64 or int32, [bs], device
-            Rows of the batch, in [0, pool_size); 0 is padding, and reads as zeros.
+            Rows of the batch, in [0, pool_size); 0 is padding, and reads as zeros. A row that is
+            there twice is read for both; the stash of such a batch is refused.
         needs : sequence of str
             Values that the caller cannot do without.
 
@@ -243,7 +253,8 @@ class FutureMap:
             and ``draft_probs`` are within a row. They alternate between two pieces of memory: a
             payload is overwritten by the second ``resolve`` after it, unless somebody still holds
             a tensor of it. Then it stays as it is, and the map takes new memory, which it logs
-            once.
+            once. The tensors are the map's own objects: change what they hold if you like, but
+            not their shape or memory (``unsqueeze_``, ``resize_``, ``set_``).
 
         Raises
         ------
@@ -261,8 +272,8 @@ class FutureMap:
         where = "FutureMap.resolve"
         with self._lock:
             count = self._check_batch(where, indices)
-            for name in needs:
-                check_held(where, name, self._fields)
+            if needs:
+                check_needs(where, needs, self._fields)
             self._iteration += 1
             stream, fence = self._backend.current_stream(self.device), self._fence
             fence.begin_write(stream)  # not a read: the memory that it returns is shared as well
@@ -306,7 +317,8 @@ class FutureMap:
                 check_range(where, indices, self.spec.pool_size)
             elif self._watch is not None:
                 with self._turn(self._fence):
-                    indices = self._noted(indices, writes=False)
+                    indices = self._noted(indices)
+                    self._watch.fold()
             if not to_cpu:
                 return self._seq_lens.read(indices)
             lens, note = self._seq_lens.to_host(indices)
@@ -334,7 +346,8 @@ class FutureMap:
             check_rows_once("FutureMap.discard", indices, self.spec.pool_size)
             if count and self._watch is not None:
                 with self._turn(self._fence):
-                    self._watch.discard(self._targets(self._noted(indices, writes=True)))
+                    self._watch.discard(self._targets(self._noted(indices)))
+                    self._watch.fold()
 
     def check(self) -> None:
         """Wait for the map's work and raise the first misuse that debugging found.
@@ -359,11 +372,18 @@ class FutureMap:
     def close(self) -> None:
         """Release the memory; while debugging, first raise as :meth:`check` does.
 
-        A second call does nothing.
+        A second call does nothing. Payloads that were handed out stay whole.
+
+        Raises
+        ------
+        ConsumeOnceError
+        CaptureError
+            Within a capture; the map is not closed then.
         """
         with self._lock:
             if self._closed:
                 return
+            self._check_usable("FutureMap.close")
             try:
                 if self._watch is not None:
                     self._raise_failure()
@@ -382,11 +402,11 @@ class FutureMap:
         finally:
             fence.end_write(stream)
 
-    def _noted(self, indices: Tensor, *, writes: bool) -> Tensor:
+    def _noted(self, indices: Tensor) -> Tensor:
         """Return the indices, those out of range replaced and noted where that is watched."""
         if self._watch is None or is_on_host(indices) or not indices.numel():
             return indices
-        return self._watch.valid(indices, self._iteration, writes)
+        return self._watch.valid(indices, self._iteration)
 
     def _targets(self, indices: Tensor) -> Tensor:
         """Return where to write: what is meant for row 0 goes where nobody reads."""
@@ -394,13 +414,13 @@ class FutureMap:
 
     def _fill(self, where: str, batch: Batch, indices: Tensor) -> None:
         if self._watch is not None:
-            indices = self._noted(indices, writes=False)
+            indices = self._noted(indices)
         try:
             self._gather(self._pool, indices, batch.words)
         except IndexError:
             check_range(where, indices, self.spec.pool_size)
             raise
-        if self._watch is not None:
+        if self._watch is not None and batch.guards is not None:
             self._watch.read(batch.guards, indices, self._iteration)
 
     def _raise_failure(self) -> None:
@@ -418,13 +438,10 @@ class FutureMap:
                 self._watch.take(record)
 
     def _release(self) -> None:
-        self._closed = True
-        # The memory goes back to the stream that it came from. Others may read payloads still.
-        for stream in self._fence.streams() | self._seq_lens.fence.streams():
-            if stream != self._home:
-                self._backend.wait_stream(self._home, stream)
-        self._watch = None
-        del self._rows, self._pool, self._outputs, self._seq_lens
+        if not self._closed:
+            self._closed = True
+            self._watch = None
+            del self._rows, self._pool, self._outputs, self._seq_lens, self._fence
 
     # --- Checks ---
 

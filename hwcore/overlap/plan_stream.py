@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hwcore import _env
-from hwcore.errors import ArgumentValueError, CapabilityError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CapabilityError, describe
+from hwcore.overlap.checks import check_switch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -149,6 +150,12 @@ class PlanStream:
 
         self._backend = backend or current_backend()
         self._device = device or self._backend.device()
+        check_switch("PlanStream", "enabled", enabled)
+        for name, function in (recompute or {}).items():
+            if not callable(function):
+                expected, fix = "a function of outputs and context", "Pass one"
+                what = f"recompute[{name!r}]"
+                raise ArgumentTypeError(describe("PlanStream", what, function, expected, fix))
         policy = self._backend.plan_stream_policy()
         self._untrusted = policy.recompute_after_join
         self._functions = dict(recompute or {})
@@ -170,6 +177,7 @@ class PlanStream:
         self._planned = self._backend.create_event(self._device)
         self._marked = False
         self._inside = False
+        self._ran_on: Stream | None = None
         self._outputs: dict[str, Any] | None = None
         self._error: Exception | None = None
 
@@ -189,13 +197,14 @@ class PlanStream:
 
         Parameters
         ----------
-        *inputs : tensors, or lists, tuples and dicts of them
+        *inputs : tensors, or lists, tuples, dicts and dataclasses of them
             What the block reads of the main stream's. Their memory is kept until it has.
 
         Yields
         ------
         outputs : dict
-            Where the block puts what ``join`` is to hand over.
+            Where the block puts what ``join`` is to hand over, in the same containers. What a
+            backend wants recomputed it looks for among the keys of this dict alone.
 
         Raises
         ------
@@ -214,7 +223,7 @@ class PlanStream:
         if stream is not main:
             for tensor in _tensors(inputs):
                 backend.record_stream(tensor, stream)
-        self._inside, self._marked = True, False
+        self._inside, self._marked, self._ran_on = True, False, stream
         outputs: dict[str, Any] = {}
         try:
             with backend.stream_context(stream):
@@ -257,7 +266,7 @@ class PlanStream:
         backend = self._backend
         consumer = backend.current_stream(self._device)
         backend.wait_event(self._planned, consumer)
-        if self._stream is not None:
+        if consumer != self._ran_on:
             for tensor in _tensors(outputs):
                 backend.record_stream(tensor, consumer)
         if error is not None:
@@ -281,7 +290,14 @@ class PlanStream:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """Return the tensors in containers; those in other objects are not found."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found
 
 
 def _misuse(method: str, got: str, fix: str, cause: Exception | None = None) -> NoReturn:

@@ -198,7 +198,7 @@ class Rows:
 
 def as_bits(tensor: Tensor) -> Tensor:
     """Return a view of an integer dtype of the same width."""
-    return tensor.view(_BITS[tensor.dtype.itemsize])
+    return tensor.resolve_neg().view(_BITS[tensor.dtype.itemsize])
 
 
 def view_of(words: Tensor, field: Field) -> Tensor:

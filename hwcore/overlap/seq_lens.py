@@ -40,16 +40,17 @@ class SeqLens:
     def __init__(
         self, backend: Backend, rows: int, limit: int, note_size: int, device: torch.device
     ) -> None:
-        self.fence = StreamFence(backend, device)
         self.lens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._backend = backend
-        self._limit = limit
-        # Lengths of a batch, and behind them the note: one copy.
-        self._outgoing = torch.zeros(limit + note_size, dtype=torch.int64, device=device)
-        self.note = self._outgoing[limit:]
+        # The note, and behind it lengths of a batch: one copy.
+        self._outgoing = torch.zeros(note_size + limit, dtype=torch.int64, device=device)
+        self.note = self._outgoing[:note_size]
+        self._note_size = note_size
         self._staging = backend.pin_memory(torch.zeros_like(self._outgoing, device="cpu"))
+        self._backend = backend
         self._stream = backend.create_stream(device)
         self._copied = backend.create_event(device)
+        self.fence = StreamFence(backend, device, (self.lens, self._outgoing))
+        self.nbytes = self.lens.nbytes + self._outgoing.nbytes
 
     def read(self, indices: Tensor) -> Tensor:
         """Return lengths in new memory, on the current stream."""
@@ -66,13 +67,14 @@ class SeqLens:
         The copy runs on a stream of its own, for the current one may have more to do before it
         would come to it. The lengths are a copy, the note is not.
         """
-        backend, copy, count = self._backend, self._stream, indices.numel()
+        backend, copy, size = self._backend, self._stream, self._note_size + indices.numel()
         backend.wait_stream(copy, backend.current_stream(copy.device))  # the indices are its work
         with backend.stream_context(copy):
             self.fence.begin_read(copy)
-            torch.index_select(self.lens, 0, indices, out=self._outgoing[:count])
-            self._staging.copy_(self._outgoing, non_blocking=True)
+            outgoing, staging = self._outgoing[:size], self._staging[:size]
+            torch.index_select(self.lens, 0, indices, out=outgoing[self._note_size :])
+            staging.copy_(outgoing, non_blocking=True)
             self.fence.end_read(copy)
             backend.record_event(self._copied, copy)
         backend.synchronize_event(self._copied)
-        return self._staging[:count].clone(), self._staging[self._limit :]
+        return staging[self._note_size :].clone(), staging[: self._note_size]

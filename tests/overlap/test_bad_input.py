@@ -121,6 +121,25 @@ def test_payloads_that_do_not_fit_the_spec_are_refused(relay, rows, name, change
 
 
 @pytest.mark.usefixtures("unharmed")
+def test_a_sparse_payload_is_refused(relay, rows):
+    given = payload(relay.spec, [1], "cpu")
+    fields = {name: getattr(given, name).to(relay.device) for name in RelayPayload.__slots__}
+    if relay.device.type == "cpu":  # a device may have no sparse tensors at all
+        fields["topk_p"] = fields["topk_p"].to_sparse()
+        with pytest.raises(ArgumentTypeError, match=r"topk_p.layout got torch.sparse_coo"):
+            relay.stash(rows(3), RelayPayload(**fields))
+
+
+def test_a_lazily_negated_payload_is_taken(relay_of, rows):
+    relay = relay_of(hidden_size=2, hidden_dtype=torch.float32)
+    numbers = torch.tensor([[1 + 2j, 3 - 4j]]).conj().imag
+    assert numbers.is_neg()
+    if relay.device.type == "cpu":
+        relay.stash(rows(3), RelayPayload(rows(1), hidden_states=numbers))
+        assert relay.resolve(rows(3)).hidden_states.tolist() == [[-2, 4]]
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_a_payload_is_no_dict(relay, rows):
     with pytest.raises(ArgumentTypeError, match=r"payload got .* expected a RelayPayload"):
         relay.stash(rows(6), {"next_token": rows(1)})
@@ -163,6 +182,12 @@ def test_a_capture_is_no_place_for_it(hw, call, relay, rows):
     assert relay.resolve(rows(5)).next_token.tolist() == [50]
 
 
+def test_a_capture_is_no_place_to_close_it(hw, relay, rows):
+    with pytest.raises(CaptureError, match=r"FutureMap.close: was called inside a graph capture"):
+        hw.graph_capture(hw.create_graph(), relay.close)
+    assert relay.resolve(rows(5)).next_token.tolist() == [50]
+
+
 # --- Specs ----------------------------------------------------------------------------------------
 
 
@@ -186,6 +211,16 @@ def test_a_capture_is_no_place_for_it(hw, call, relay, rows):
 def test_a_spec_that_makes_no_sense_is_refused(sizes, error, message):
     with pytest.raises(error, match=f"^RelaySpec: {message}"):
         RelaySpec(**{"pool_size": 8, **sizes})
+
+
+def test_names_of_values_are_a_sequence(relay, rows):
+    with pytest.raises(ArgumentTypeError, match=r"needs got 'topk_p' .* Pass \('topk_p',\)"):
+        relay.resolve(rows(3), needs="topk_p")
+
+
+def test_a_switch_is_no_text(hw):
+    with pytest.raises(ArgumentTypeError, match=r"debug got '0' .* True, False or None"):
+        FutureMap(RelaySpec(3), backend=hw, debug="0")
 
 
 def test_a_map_wants_a_spec(hw):

@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+import torch
 
 from hwcore.errors import CapabilityError, ConsumeOnceError
 from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
@@ -125,6 +126,15 @@ def test_a_failure_is_kept_though_nobody_publishes_before_the_next_read(relay, r
     assert facts(raised(relay)) == (6, "read before it was written", 1)
 
 
+def test_a_failed_stash_at_the_end_of_a_step_is_of_that_step(relay, rows):
+    stash(relay, rows, 3, 4)
+    relay.resolve(rows(3))  # 1
+    relay.publish(rows(3), rows(1))
+    stash(relay, rows, 3, 4)
+    relay.resolve(rows(9))  # 2
+    assert facts(raised(relay)) == (4, "written twice", 1)
+
+
 def test_failures_of_reads_and_writes_have_their_own_iterations(relay, rows):
     stash(relay, rows, 3)
     relay.resolve(rows(3))  # 1
@@ -207,7 +217,7 @@ def on_a_device(hw):
 
 
 @pytest.mark.usefixtures("on_a_device")
-@pytest.mark.parametrize("row", [12, -1, 1 << 20])
+@pytest.mark.parametrize("row", [12, -1, 1 << 20, 1 << 31, 1 << 32, -(1 << 32)])
 def test_a_row_out_of_range_is_told_and_harms_nobody(relay, rows, row):
     stash(relay, rows, 3)
     assert relay.resolve(rows(3, row)).next_token.tolist() == [30, 0]
@@ -222,6 +232,25 @@ def test_a_row_out_of_range_is_told_and_harms_nobody(relay, rows, row):
     assert facts(raised(relay)) == (row, "out of range", 1)
     assert relay.resolve(rows(4)).next_token.tolist() == [8]
     relay.check()
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize("row", [12, -1, (1 << 31) - 1])
+def test_an_int32_row_out_of_range_is_told_as_well(relay, rows, row):
+    stash(relay, rows, 3)
+    relay.resolve(rows(3, row, dtype=torch.int32))
+    assert facts(raised(relay)) == (row, "out of range", 1)
+    relay.publish(rows(row, dtype=torch.int32), rows(1))
+    assert facts(raised(relay)) == (row, "out of range", 1)
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize("row", [1 << 40, (1 << 63) - 1, -(1 << 63)])
+def test_of_a_row_far_out_of_range_only_that_is_told(relay, rows, row):
+    relay.resolve(rows(row))
+    error = raised(relay)
+    assert error.kind == "out of range"
+    assert abs(error.row) == 1 << 32
 
 
 @pytest.mark.usefixtures("on_a_device")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hwcore
-from hwcore.errors import ArgumentValueError
+from hwcore.errors import ArgumentValueError, CaptureError
 from hwcore.overlap import StreamFence
 from hwcore.testing.sanitizer import Sanitizer
 
@@ -165,6 +165,46 @@ def test_nothing_is_waited_for_twice(hw, streams, waits):
     with hw.stream_context(main), fence.writing():
         pass
     assert waits == [two, main], "who waits for the write waits for the read before it"
+
+
+def test_events_of_streams_that_are_gone_are_let_go_of(hw):
+    fence = StreamFence(hw)
+    for _ in range(300):
+        with hw.stream_context(hw.create_stream()), fence.writing():
+            pass
+        with hw.stream_context(hw.create_stream()), fence.reading():
+            pass
+    assert len(fence._events) <= 65
+    assert len(fence._reads) == 1
+
+
+@pytest.mark.usefixtures("in_any_order", "watched")
+def test_memory_that_is_freed_is_kept_until_all_streams_are_done(hw, streams):
+    _, one, _ = streams
+    shared = torch.ones(4, device=hw.device())
+    fence = StreamFence(hw, memory=[shared])
+    with fence.writing():
+        shared.add_(1)
+    with hw.stream_context(one), fence.reading():
+        copy = shared + 1
+    del shared, fence
+    filler = torch.full((4,), -9.0, device=hw.device())  # may be given the same memory
+    hw.wait_stream(hw.current_stream(), one)
+    assert copy.tolist() == [3] * 4
+    assert filler.tolist() == [-9] * 4
+    hw.synchronize()
+
+
+def test_a_capture_is_no_place_for_a_block(hw):
+    fence = StreamFence(hw)
+
+    def step():
+        with fence.writing():
+            pass
+
+    with pytest.raises(CaptureError, match="StreamFence: a block was entered inside a graph captu"):
+        hw.graph_capture(hw.create_graph(), step)
+    step()
 
 
 def test_without_the_fence_it_is_a_race(hw, streams, shared):

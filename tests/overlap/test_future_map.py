@@ -37,14 +37,15 @@ def test_a_map_without_speculation_holds_tokens_alone(relay_of, rows):
 
 def test_what_is_not_held_costs_no_memory(relay_of):
     tokens_alone, with_hidden = relay_of(), relay_of(hidden_size=512)
-    assert tokens_alone.nbytes == (13 + 2 * 12) * 16 + 13 * 8  # rows of 16 bytes, and the lengths
+    lens = 13 + 3 + 12  # of the rows; and on their way to the host, with a note
+    assert tokens_alone.nbytes == (13 + 2 * 12) * 16 + lens * 8  # rows of 16 bytes
     assert with_hidden.nbytes - tokens_alone.nbytes == (13 + 2 * 12) * 1024
 
 
 def test_the_longest_batch_sizes_the_outputs(hw):
     spec = RelaySpec(pool_size=100, max_batch_size=4)
     with FutureMap(spec, backend=hw, debug=False) as relay:
-        assert relay.nbytes == (101 + 2 * 4) * 16 + 101 * 8
+        assert relay.nbytes == (101 + 2 * 4) * 16 + (101 + 3 + 4) * 8
 
 
 def test_padding_reads_as_zeros_and_what_is_written_to_it_is_dropped(relay, rows):
@@ -52,6 +53,17 @@ def test_padding_reads_as_zeros_and_what_is_written_to_it_is_dropped(relay, rows
     relay.publish(rows(4, 0, 0), rows(9, -1, -1))
     assert values(relay.resolve(rows(0, 4, 0))) == expected(relay.spec, [None, 40, None])
     assert relay.resolve_seq_lens(rows(0, 4, 0)).tolist() == [0, 9, 0]
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
+def test_padding_may_be_longer_than_the_pool(hw, rows, debug):
+    spec = RelaySpec(pool_size=2, max_batch_size=8)
+    with FutureMap(spec, backend=hw, debug=debug) as relay:
+        batch = rows(1, 0, 0, 0, 0, 0, 0, 0)
+        relay.stash(batch, RelayPayload(batch * 5))
+        relay.publish(batch, batch * 7)
+        assert relay.resolve(batch).next_token.tolist() == [5, 0, 0, 0, 0, 0, 0, 0]
+        assert relay.resolve_seq_lens(batch, to_cpu=True).tolist() == [7, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_an_empty_batch_is_a_batch(relay, rows):
@@ -201,6 +213,31 @@ def test_what_was_dropped_is_used_again_whatever_its_size(relay, rows, caplog):
     assert not [text for text in caplog.messages if "still held" in text]
 
 
+def test_inference_mode_makes_no_difference_to_those_who_are_not_in_it(hw, rows):
+    with torch.inference_mode():
+        relay = FutureMap(RelaySpec(12, topk=1), backend=hw, debug=True)
+        held = []
+        for number in range(4):
+            relay.stash(rows(3), payload(relay.spec, [number], relay.device))
+            held.append(relay.resolve(rows(3)))
+    del held
+    for number in range(4):
+        relay.stash(rows(3, 4), payload(relay.spec, [number, 7], relay.device))
+        got = relay.resolve(rows(3, 4))
+        assert values(got) == expected(relay.spec, [number, 7])
+        got.next_token.mul_(2)
+    relay.close()
+
+
+def test_gradients_are_not_followed(relay_of, rows):
+    relay = relay_of(hidden_size=2, hidden_dtype=torch.float32)
+    hidden = torch.ones(1, 2, device=relay.device, requires_grad=True)
+    relay.stash(rows(3), RelayPayload(rows(7), hidden_states=hidden * 3))
+    got = relay.resolve(rows(3)).hidden_states
+    assert not got.requires_grad
+    assert got.tolist() == [[3, 3]]
+
+
 # --- Use ------------------------------------------------------------------------------------------
 
 
@@ -222,6 +259,28 @@ def test_a_map_is_a_context_that_ends_it(hw):
         pass
     relay.close()
     assert "closed" in repr(relay)
+
+
+def test_an_error_in_the_block_is_not_hidden_by_the_end_of_the_map(hw):
+    def program():
+        with FutureMap(RelaySpec(pool_size=3), backend=hw) as relay:
+            relay.close()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        program()
+
+
+def test_the_views_of_many_batch_sizes_are_not_all_kept(hw, monkeypatch, rows):
+    monkeypatch.setattr("hwcore.overlap.outputs._MANY_SIZES", 2)
+    with FutureMap(RelaySpec(pool_size=12), backend=hw, debug=False) as relay:
+        for count in (1, 2, 3, 4, 5, 1, 2, 3):
+            batch = rows(*range(1, count + 1))
+            relay.stash(batch, RelayPayload(batch * count))
+            assert relay.resolve(batch).next_token.tolist() == [
+                count * row for row in range(1, count + 1)
+            ]
+        assert all(len(piece._batches) <= 2 for piece in relay._outputs._pieces)
 
 
 def test_the_selected_backend_is_the_default(hw):

@@ -5,8 +5,8 @@ import torch
 
 import hwcore
 from hwcore.cpu import CpuPlugin
-from hwcore.errors import ArgumentValueError, CapabilityError
-from hwcore.overlap import PlanStream, recomputes
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CapabilityError
+from hwcore.overlap import PlanStream, RelayPayload, recomputes
 from hwcore.testing.sanitizer import Sanitizer
 from hwcore.types import PlanStreamPolicy
 
@@ -93,6 +93,34 @@ class TestOrder:
         other = hw.create_stream()
         with hw.stream_context(other):
             assert plan.join().outputs["made"].tolist() == [1] * 4
+
+    def test_tensors_in_dataclasses_are_kept_like_any_others(self, hw, plan):
+        given = RelayPayload(torch.full((4,), 5, device=hw.device()))
+        with plan.block({"payload": given}) as outputs:
+            outputs["made"] = RelayPayload(given.next_token + 1)
+        del given
+        filler = torch.full((4,), -9, device=hw.device())  # may be given the same memory
+        made = plan.join().outputs.pop("made")
+        outputs.clear()
+        used = made.next_token + 1
+        del made
+        with plan.block() as outputs:
+            outputs["other"] = torch.full((4,), -9, device=hw.device())
+        plan.join()
+        assert used.tolist() == [7] * 4
+        assert filler.tolist() == [-9] * 4
+
+    def test_what_another_stream_joins_is_kept_for_it(self, hw, plan):
+        with plan.block() as outputs:
+            outputs["made"] = ones(hw) * 3
+        other = hw.create_stream()
+        with hw.stream_context(other):
+            used = plan.join().outputs.pop("made") + 1
+        outputs.clear()
+        filler = torch.full((4,), -9.0, device=hw.device())
+        hw.wait_stream(hw.current_stream(), other)
+        assert used.tolist() == [4] * 4
+        assert filler.tolist() == [-9] * 4
 
 
 def ran_before(hw, forward_first):
@@ -213,7 +241,7 @@ def test_what_the_backend_does_not_trust_is_computed_again_after_the_join(hw, po
         seen.append((sorted(outputs), context, hw.current_stream()))
         return outputs["mask"] * context
 
-    plan = PlanStream(backend=hw, enabled=True, recompute={"mrope_positions": mrope, "mask": None})
+    plan = PlanStream(backend=hw, enabled=True, recompute={"mrope_positions": mrope, "mask": mrope})
     prepare(plan, hw)
     prepared = plan.join(context=7)
     assert seen == [(["mask", "mrope_positions"], 7, hw.current_stream())]
@@ -356,6 +384,13 @@ def test_the_argument_decides_over_the_variable(hw, monkeypatch):
     plan = PlanStream(backend=hw, enabled=False)
     assert not plan.enabled
     assert plan.reason == "it was switched off"
+
+
+def test_switch_and_functions_are_checked_at_once(hw):
+    with pytest.raises(ArgumentTypeError, match="PlanStream: enabled got '0'"):
+        PlanStream(backend=hw, enabled="0")
+    with pytest.raises(ArgumentTypeError, match=r"recompute\['mask'\] got 7 \(int\)"):
+        PlanStream(backend=hw, recompute={"mask": 7})
 
 
 def test_a_value_without_meaning_is_refused(hw, monkeypatch):

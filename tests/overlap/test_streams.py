@@ -140,6 +140,110 @@ def test_resolves_of_two_streams_share_the_memory_in_turn(hw, relay, rows, forwa
     hw.synchronize()
 
 
+@pytest.fixture
+def stashed(hw, relay, rows, forward):
+    """Rows 1 to 8, each holding ten times its number, and batches of each alone."""
+    batches = [rows(row) for row in range(9)]
+    whole = payload(relay.spec, [10 * row for row in range(1, 9)], relay.device)
+    relay.stash(rows(*range(1, 9)), whole)
+    hw.synchronize()
+    return batches
+
+
+def reused(hw, forward, shape=(12, 64)):
+    """Take memory that may just have been freed, on both streams."""
+    taken = []
+    for stream in (hw.current_stream(), forward):
+        with hw.stream_context(stream):
+            taken.append(torch.full(shape, -9, device=hw.device()))
+    return taken
+
+
+def test_what_was_read_and_dropped_may_still_be_read_when_another_stream_resolves(
+    hw, relay, stashed, forward
+):
+    with hw.stream_context(forward):
+        got = relay.resolve(stashed[1]).next_token + 1  # read, and dropped
+    relay.resolve(stashed[2])
+    relay.resolve(stashed[3])  # into the memory of the first
+    hw.synchronize_stream(hw.current_stream())
+    with hw.stream_context(forward):
+        assert got.tolist() == [11]
+    hw.synchronize()
+
+
+def test_a_replaced_payload_goes_back_when_its_own_stream_is_done(hw, relay, stashed, forward):
+    with hw.stream_context(forward):
+        held = relay.resolve(stashed[1])
+    relay.resolve(stashed[2])
+    relay.resolve(stashed[3])
+    with hw.stream_context(forward):
+        got = held.next_token + 1
+        del held
+    taken = reused(hw, forward)
+    with hw.stream_context(forward):
+        assert got.tolist() == [11]
+    hw.synchronize()
+    del taken
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_a_map_goes_when_all_streams_are_done(hw, relay_of, rows, forward, how):
+    relay = FutureMap(RelaySpec(12, hidden_size=5), backend=hw, debug=False)
+    batches = [rows(row) for row in range(6)]
+    relay.stash(rows(1, 2, 3, 4, 5), payload(relay.spec, [1, 2, 3, 4, 5], relay.device))
+    hw.synchronize()
+    with hw.stream_context(forward):
+        kept = [relay.resolve(batches[row]) for row in (1, 2, 3)]  # new memory, of this stream
+        first = kept[0].next_token + 10
+    last = relay.resolve(batches[4]).next_token + 10
+    with hw.stream_context(forward):
+        after = relay.resolve(batches[5]).next_token + 10
+    if how == "closed":
+        relay.close()
+    del relay, kept
+    taken = reused(hw, forward, (12, 4))
+    with hw.stream_context(forward):
+        assert first.tolist() == [11]
+        assert after.tolist() == [15]
+    assert last.tolist() == [14]
+    hw.synchronize()
+    del taken
+
+
+def test_a_payload_outlives_its_map(hw, relay, stashed, forward):
+    with hw.stream_context(forward):
+        held = relay.resolve(stashed[1])
+    relay.close()
+    with hw.stream_context(forward):
+        got = held.next_token + 1
+        del held
+    taken = reused(hw, forward)
+    with hw.stream_context(forward):
+        assert got.tolist() == [11]
+    hw.synchronize()
+    del taken
+
+
+def test_a_plan_hands_over_new_memory_too(hw, relay, stashed, forward):
+    plan = PlanStream(backend=hw, enabled=True)
+    kept, seen = [], []
+    for row in range(1, 7):
+        with plan.block(stashed[row]) as outputs:
+            outputs["payload"] = relay.resolve(stashed[row])
+        got = plan.join().outputs["payload"]
+        kept.append(got)  # so that new memory is taken
+        seen.append(got.next_token + 1)
+        del got
+        outputs.clear()
+        kept = kept[-2:]
+    del kept
+    taken = reused(hw, forward)
+    assert [one.tolist() for one in seen] == [[10 * row + 1] for row in range(1, 7)]
+    hw.synchronize()
+    del taken
+
+
 def test_memory_that_was_replaced_is_kept_until_its_stream_is_done(hw, relay, rows, forward):
     batches = [rows(row) for row in (1, 2, 3)]
     given = [payload(relay.spec, [10 * row], relay.device) for row in (1, 2, 3)]
