@@ -16,6 +16,7 @@ from rich.text import Text
 import hwcore
 from examples.serving import report, sizing
 from examples.serving.compare import compare, top_two
+from examples.serving.llama import Llama
 from examples.serving.model import Model
 from examples.serving.prompts import PROMPTS, as_chat
 from examples.serving.weights import load
@@ -47,11 +48,13 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)
-        network, tokenizer = load(lambda stage: progress.update(task, description=stage))
+        config, weights, tokenizer = load(lambda stage: progress.update(task, description=stage))
         prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in chosen}
         longest = max(map(len, prompts.values())) + tokens
         # A step may overshoot by a tree; costs are measured on the same cache.
-        model = Model(network, max(longest, _CONTEXT) + 2 * max(sizing.SIZES))
+        slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES)
+        device = hwcore.current_backend().device()
+        model = Model(Llama(config, weights, device, slots), slots)
         progress.update(task, description="Weights loaded", total=1, completed=1)
 
         passes = 3 if short else 7
