@@ -11,6 +11,7 @@ BACKEND = "HWCORE_BACKEND"
 DISABLE_PLUGINS = "HWCORE_DISABLE_PLUGINS"
 DEBUG = "HWCORE_DEBUG"
 SANITIZE = "HWCORE_SANITIZE"
+PLAN_STREAM = "HWCORE_PLAN_STREAM"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 MEANINGS = {
@@ -18,6 +19,7 @@ MEANINGS = {
     DISABLE_PLUGINS: "plugins or distributions to leave out, separated by commas",
     DEBUG: "1: debug checks on",
     SANITIZE: "1 or raise, warn, collect: race sanitizer on, and what it does at a race",
+    PLAN_STREAM: "1 or 0: steps are prepared on a side stream, or not; empty: as the device says",
     AUTOLOAD: "torch's own; 0: import torch loads no device extension",
 }
 
@@ -33,9 +35,30 @@ def disabled_plugins() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
+_NO = ("0", "false", "no", "off")
+_YES = ("1", "true", "yes", "on")
+
+
 def debug_enabled() -> bool:
     """Say whether ``HWCORE_DEBUG`` is on: set to anything but 0, false, no or off."""
-    return os.environ.get(DEBUG, "").strip().lower() not in ("", "0", "false", "no", "off")
+    return os.environ.get(DEBUG, "").strip().lower() not in ("", *_NO)
+
+
+def plan_stream() -> bool | None:
+    """Return what ``HWCORE_PLAN_STREAM`` says, or None where it is unset or blank.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the value has no meaning: a misspelt one would be a switch that does nothing.
+    """
+    value = os.environ.get(PLAN_STREAM, "").strip().lower()
+    if value in ("", *_NO, *_YES):
+        return None if not value else value in _YES
+    expected = "1 for on, 0 for off, or nothing"
+    raise ArgumentValueError(
+        describe("hwcore", f"the variable {PLAN_STREAM}", value, expected, "Set it to one of these")
+    )
 
 
 def sanitize() -> Literal["raise", "warn", "collect"] | None:
@@ -47,9 +70,9 @@ def sanitize() -> Literal["raise", "warn", "collect"] | None:
         If the value has no meaning: a misspelt one would be a sanitizer that is silently off.
     """
     value = os.environ.get(SANITIZE, "").strip().lower()
-    if value in ("", "0", "false", "no", "off"):
+    if value in ("", *_NO):
         return None
-    if value in ("1", "true", "yes", "on", "raise"):
+    if value in (*_YES, "raise"):
         return "raise"
     if value == "warn":
         return "warn"

@@ -13,6 +13,8 @@ __all__ = [
     "BackendUnavailableError",
     "CapabilityError",
     "CaptureError",
+    "ClosedError",
+    "ConsumeOnceError",
     "ForkError",
     "HwcoreError",
     "PluginDefinitionError",
@@ -47,6 +49,41 @@ class CapabilityError(HwcoreError, RuntimeError):
 
 class CaptureError(HwcoreError, RuntimeError):
     """Work that a graph cannot hold was done while capturing, or capture was misused."""
+
+
+class ClosedError(HwcoreError, RuntimeError):
+    """An object was used after it was closed."""
+
+
+class ConsumeOnceError(HwcoreError, RuntimeError):
+    """A row of a relay buffer was not written once and read once, in turn.
+
+    Attributes
+    ----------
+    buffer : str
+        The buffer, such as ``"next_token"``.
+    row : int
+        The row at fault; of several at once the one that was found first.
+    iteration : int
+        Number of ``resolve`` calls up to then.
+    kind : str
+        What happened, such as ``"read before it was written"``.
+    """
+
+    def __init__(self, buffer: str, row: int, iteration: int, kind: str, fix: str) -> None:
+        super().__init__(
+            f"FutureMap: row {row} of `{buffer}` was {kind}, in iteration {iteration}; expected "
+            f"one stash and one resolve of a row in turn. {fix}."
+        )
+        self.buffer = buffer
+        self.row = row
+        self.iteration = iteration
+        self.kind = kind
+        self._fix = fix
+
+    def __reduce__(self) -> tuple[type[ConsumeOnceError], tuple[str, int, int, str, str]]:
+        # BaseException pickles `args` alone, which is the message.
+        return (type(self), (self.buffer, self.row, self.iteration, self.kind, self._fix))
 
 
 class TorchImportError(HwcoreError, ImportError):

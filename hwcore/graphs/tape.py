@@ -19,12 +19,17 @@ __all__ = ["Tape", "is_capturing"]
 
 T = TypeVar("T")
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    capturing = False
+
+
+_thread = _Thread()
 
 
 def is_capturing() -> bool:
     """Return whether this thread is inside :meth:`Tape.capture`."""
-    return getattr(_thread, "capturing", False)
+    return _thread.capturing
 
 
 class Tape:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore.speculative._checks import check_instance, check_tensor, check_values, may_read
+from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.speculative.tree import DraftTree
 from hwcore.speculative.verify import VerifyResult
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hwcore._checks import check_size, check_tensor, check_values, may_read
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
-from hwcore.speculative._checks import check_size, check_tensor, check_values, may_read
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
-from hwcore.speculative._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.speculative.tree import DraftTree
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the speculative functions.
+"""Argument checks shared by what takes tensors from callers.
 
 What a tensor *is* (dtype, shape, device) costs nothing to look at and is always checked. What it
 *holds* is on the host for CPU tensors; elsewhere reading it would stall the device, so that is

@@ -1,0 +1,10 @@
+"""Portable references of the operations that a device may bring a kernel for.
+
+A plugin's ``kernels()`` replaces any of them by name; what it leaves out runs as written here, on
+whatever device the arguments live on. ``kernel`` chooses.
+"""
+
+from hwcore.kernels.relay import assert_and_invalidate, gather_rows
+from hwcore.kernels.selection import kernel
+
+__all__ = ["assert_and_invalidate", "gather_rows", "kernel"]

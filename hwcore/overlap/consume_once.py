@@ -1,0 +1,169 @@
+"""The debug mode of FutureMap: every row is written once and read once, in turn.
+
+Checked on the device, where the rows are, by a few small operations a call and without the host.
+Each kind of check leaves one number, negative if it failed; ``fold`` turns the first failure into
+a record that stays until the host takes it. (A device's own assertion would lose its message and
+end the device's context with it.)
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwcore.errors import ConsumeOnceError
+from hwcore.kernels import assert_and_invalidate, kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hwcore.backend import Backend
+    from hwcore.overlap.relay import Rows
+
+__all__ = ["ConsumeOnce"]
+
+_NEVER = -2  # upper half of the guard of a row never written, or discarded; of a consumed one: -1
+_HALF = 1 << 32
+_FAR = 1 << 40  # beyond any row: marks an index that is none
+
+
+class Check(enum.IntEnum):
+    """What is checked, in the order in which failures of one iteration are told."""
+
+    INDEX = 0
+    READ = 1
+    UNIQUE = 2
+    WRITE = 3
+
+
+class ConsumeOnce:
+    """Watches the rows of one map.
+
+    Parameters
+    ----------
+    backend : Backend
+        Whose compile policy and kernels count.
+    rows : Rows
+        With guards; ``pool_size`` rows and the one that padding is written to.
+    pool_size : int
+
+    Attributes
+    ----------
+    record : Tensor, int64, [4], device
+        The first failure since it was last taken: number, check, iteration of reads and of writes;
+        the number is 0 while there is none.
+    """
+
+    def __init__(self, backend: Backend, rows: Rows, pool_size: int) -> None:
+        # Here, not above: importing this module must ask no backend for its policy.
+        from hwcore.compilation import compile as compiled
+
+        device = rows.words.device
+        self._pool_size = pool_size
+        self._guards = rows.views["guard"]
+        self._state = rows.state()
+        self._flags = self._state[:, 0]
+        self._padding, self._trash = self._state[0], self._state[pool_size]
+        self._assert_and_invalidate = compiled(
+            kernel(backend, assert_and_invalidate), dynamic=True, fullgraph=True, backend=backend
+        )
+        self._numbers = torch.arange(pool_size + 1, device=device)
+        self._last = torch.zeros(pool_size + 1, dtype=torch.int64, device=device)
+        self._outcomes = torch.zeros(len(Check), dtype=torch.int64, device=device)
+        self._outcome = list(self._outcomes.unbind())
+        self._checks = torch.arange(len(Check), device=device)
+        self._pending: dict[bool, int] = {}  # of writes or of reads: iteration not yet folded
+        self.record = torch.zeros(4, dtype=torch.int64, device=device)
+        self._guards.copy_(self._numbers)
+        self._state.fill_(-1)
+        self._flags.fill_(_NEVER)
+        self._padding.zero_()
+
+    def valid(self, indices: Tensor, iteration: int, writes: bool) -> Tensor:
+        """Return the indices with row 0 in place of those out of range, which are noted."""
+        self._begin(iteration, writes)
+        bad = (indices < 0) | (indices >= self._pool_size)
+        self._note(Check.INDEX, torch.where(bad, indices - _FAR, 0))
+        return indices.masked_fill(bad, 0)
+
+    def read(self, guards: Tensor, indices: Tensor, iteration: int) -> None:
+        """Note rows that were empty when they were read, and empty them."""
+        self._begin(iteration, writes=False)
+        if indices.dtype is not torch.int64:
+            indices = indices.to(torch.int64)
+        self._assert_and_invalidate(guards, self._state, indices, self._outcome[Check.READ])
+        self._padding.zero_()
+
+    def write(self, targets: Tensor, iteration: int) -> None:
+        """Note rows that are still full, or twice in one stash, before they are written."""
+        self._begin(iteration, writes=True)
+        # A full row's guard is its number, an empty one's is negative: inverted, the other way.
+        self._note(Check.WRITE, ~self._guards.index_select(0, targets))
+        order = self._numbers[: targets.shape[0]]
+        self._last.index_copy_(0, targets, order)
+        twice = (self._last.index_select(0, targets) != order) & (targets < self._pool_size)
+        self._note(Check.UNIQUE, torch.where(twice, ~targets, 0))
+
+    def written(self, targets: Tensor) -> None:
+        """Mark rows full."""
+        self._flags.index_fill_(0, targets, 0)
+        self._trash.fill_(-1)  # padding is written again and again
+
+    def discard(self, targets: Tensor) -> None:
+        """Empty rows, whatever they hold."""
+        self._state.index_fill_(0, targets, -1)
+        self._flags.index_fill_(0, targets, _NEVER)
+
+    def fold(self) -> None:
+        """Put the first failure that is not yet in the record there; on the current stream."""
+        if not self._pending:
+            return
+        first = torch.where(self._outcomes < 0, self._checks, len(Check) - 1).amin().view(1)
+        found = torch.cat((self._outcomes.index_select(0, first), first, self.record.new_zeros(2)))
+        found[2].fill_(self._pending.get(False, 0))
+        found[3].fill_(self._pending.get(True, 0))
+        self.record.copy_(torch.where(self.record[0] < 0, self.record, found))
+        self._outcomes.zero_()
+        self._pending.clear()
+
+    def take(self, record: list[int]) -> None:
+        """Raise what a copy of the record says, and forget it.
+
+        Raises
+        ------
+        ConsumeOnceError
+        """
+        number, check, read, written = record
+        if number >= 0:
+            return
+        self.record.zero_()
+        raise _error(number, Check(check), read, written)
+
+    def _begin(self, iteration: int, writes: bool) -> None:
+        """Let failures of another iteration go into the record first, with their own number."""
+        if self._pending.get(writes, iteration) != iteration:
+            self.fold()
+        self._pending[writes] = iteration
+
+    def _note(self, check: Check, values: Tensor) -> None:
+        outcome = self._outcome[check]
+        torch.minimum(outcome, values.amin(), out=outcome)
+
+
+def _error(number: int, check: Check, read: int, written: int) -> ConsumeOnceError:
+    token = "next_token"
+    if check is Check.READ:
+        row, discarded = number % _HALF, number // _HALF == _NEVER
+        kind = "read before it was written" if discarded else "read twice"
+        fix = "Resolve each row once after its stash, and discard the rows of retracted requests"
+        return ConsumeOnceError(token, row, read, kind, fix)
+    if check is Check.INDEX:
+        fix = "Pass rows of the request pool"
+        return ConsumeOnceError(token, number + _FAR, max(read, written), "out of range", fix)
+    kind = "written twice" if check is Check.WRITE else "in one stash twice"
+    fix = "Resolve a row, or discard it, before it is written again"
+    if check is Check.UNIQUE:
+        fix = "Stash each row once"
+    return ConsumeOnceError(token, ~number, written, kind, fix)
