@@ -12,6 +12,7 @@ DISABLE_PLUGINS = "HWCORE_DISABLE_PLUGINS"
 DEBUG = "HWCORE_DEBUG"
 SANITIZE = "HWCORE_SANITIZE"
 PLAN_STREAM = "HWCORE_PLAN_STREAM"
+CAPTURE_BUDGET = "HWCORE_CAPTURE_BUDGET"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 MEANINGS = {
@@ -20,6 +21,7 @@ MEANINGS = {
     DEBUG: "1: debug checks on",
     SANITIZE: "1 or raise, warn, collect: race sanitizer on, and what it does at a race",
     PLAN_STREAM: "1 or 0: steps are prepared on a side stream, or not; empty: as the device says",
+    CAPTURE_BUDGET: "how many graphs the process may hold; empty: the backend's default",
     AUTOLOAD: "torch's own; 0: import torch loads no device extension",
 }
 
@@ -81,4 +83,23 @@ def sanitize() -> Literal["raise", "warn", "collect"] | None:
     expected = "1, raise, warn, collect, or 0 for off"
     raise ArgumentValueError(
         describe("hwcore", f"the variable {SANITIZE}", value, expected, "Set it to one of these")
+    )
+
+
+def capture_budget() -> int | None:
+    """Return the number of graphs in ``HWCORE_CAPTURE_BUDGET``, or None where it is unset.
+
+    Raises
+    ------
+    ArgumentValueError
+        If the value is no number ≥ 0.
+    """
+    value = os.environ.get(CAPTURE_BUDGET, "").strip()
+    if not value:
+        return None
+    if value.isascii() and value.isdigit():
+        return int(value)
+    expected, fix = "a number of graphs ≥ 0", "Set it to one, or unset it"
+    raise ArgumentValueError(
+        describe("hwcore", f"the variable {CAPTURE_BUDGET}", value, expected, fix)
     )

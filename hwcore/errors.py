@@ -24,6 +24,7 @@ __all__ = [
     "ProbeError",
     "SelectionError",
     "SetupError",
+    "StaleGraphError",
     "TorchImportError",
     "UnknownBackendError",
     "describe",
@@ -84,6 +85,10 @@ class ConsumeOnceError(HwcoreError, RuntimeError):
     def __reduce__(self) -> tuple[type[ConsumeOnceError], tuple[str, int, int, str, str]]:
         # BaseException pickles `args` alone, which is the message.
         return (type(self), (self.buffer, self.row, self.iteration, self.kind, self._fix))
+
+
+class StaleGraphError(CaptureError):
+    """Memory that captured graphs address has moved; a replay would use what is there now."""
 
 
 class TorchImportError(HwcoreError, ImportError):

@@ -22,6 +22,7 @@ BUILTINS = {
     "ProbeError": RuntimeError,
     "SelectionError": RuntimeError,
     "SetupError": RuntimeError,
+    "StaleGraphError": RuntimeError,
     "TorchImportError": ImportError,
     "UnknownBackendError": LookupError,
 }

@@ -1,0 +1,140 @@
+"""The graphs of all buckets: captured together, found by batch, released together."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hwcore.errors import CaptureError
+from hwcore.graphs import budget
+from hwcore.graphs.addresses import Addresses
+from hwcore.graphs.captured import Captured
+from hwcore.graphs.prepared import Verdict
+from hwcore.graphs.progress import tracked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hwcore.backend import Backend
+    from hwcore.graphs.buffers import GraphBuffers
+    from hwcore.graphs.slots import Bucket
+    from hwcore.types import Stream
+
+__all__ = ["GraphSet"]
+
+_log = logging.getLogger("hwcore")
+
+
+class GraphSet:
+    """A graph for each bucket of some buffers; all of them, or none.
+
+    Parameters are those of :class:`~hwcore.graphs.GraphRunner`.
+
+    Attributes
+    ----------
+    graphs : dict of Bucket to Captured
+    static : Addresses or None
+        Where the static tensors were at capture; None where there are none to look after.
+    """
+
+    def __init__(
+        self,
+        hw: Backend,
+        fn: Callable[..., Any],
+        buffers: GraphBuffers,
+        warm_ups: int,
+        capture_budget: int | None,
+        static: Mapping[str, Any],
+        progress: bool | None,
+    ) -> None:
+        self._hw, self._fn, self._buffers = hw, fn, buffers
+        self._warm_ups = warm_ups
+        self._budget = capture_budget
+        self._static = static
+        self._progress = progress
+        self._reserved: budget.Reservation | None = None
+        self.graphs: dict[Bucket, Captured] = {}
+        self.static: Addresses | None = None
+        self._batch_sizes: dict[int, list[int]] = {}
+        for batch_size, tokens_per_request in sorted(buffers.buckets):
+            self._batch_sizes.setdefault(tokens_per_request, []).append(batch_size)
+
+    def find(self, batch_size: int, tokens_per_request: int) -> Verdict:
+        """Return the smallest bucket that takes a batch, or why there is none."""
+        if not self.graphs:
+            return Verdict(None, "not captured", "nothing was captured yet; call capture()")
+        sizes = self._batch_sizes.get(tokens_per_request)
+        if sizes is None:
+            known = ", ".join(map(str, self._batch_sizes))
+            reason = f"{tokens_per_request} tokens per request have no bucket, only {known} have"
+            return Verdict(None, "tokens per request", reason)
+        index = bisect.bisect_left(sizes, batch_size)
+        if index == len(sizes):
+            reason = (
+                f"a batch of {batch_size} requests is larger than the largest bucket for "
+                f"{tokens_per_request} tokens per request, {sizes[-1]}"
+            )
+            return Verdict(None, "batch size", reason)
+        return Verdict((sizes[index], tokens_per_request))
+
+    def capture(self) -> None:
+        """Capture every bucket, largest first, in one memory pool; see ``GraphRunner.capture``."""
+        buckets = self._buffers.buckets
+        self._reserved = budget.reserve(self._hw, len(buckets), self._budget, self)
+        try:
+            addresses = Addresses(self._static)
+            self._capture_all()
+            addresses.check("GraphRunner.capture", "Move it before the capture, or never")
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            self._buffers.spoil()  # by a function that writes into its inputs
+        self.static = addresses if self._static else None
+
+    def release(self) -> None:
+        """Let go of all graphs. Their last replay has finished, as the caller knows."""
+        self.graphs = {}
+        self.static = None
+        if self._reserved is not None:
+            self._reserved.release()
+
+    def _capture_all(self) -> None:
+        hw, device = self._hw, self._buffers.device
+        hw.synchronize(device)  # what the function reads may have been written by any stream
+        pool, stream = hw.graph_pool(), hw.create_stream(device)
+        free = hw.memory_info(device.index).free_bytes
+
+        def used_bytes() -> int:
+            return max(0, free - hw.memory_info(device.index).free_bytes)
+
+        # Largest first: what it frees in the pool is large enough for each that follows.
+        for bucket in tracked(self._buffers.buckets, self._progress, used_bytes):
+            try:
+                with torch.no_grad():
+                    self.graphs[bucket] = self._capture_one(bucket, pool, stream)
+            except Exception as error:
+                message = (
+                    f"GraphRunner.capture: bucket {bucket} got {error!r}; expected fn to run on "
+                    f"it and to be captured. Correct that, or leave the bucket out; all graphs "
+                    f"were released."
+                )
+                raise CaptureError(message) from error
+        size, count = used_bytes() / 2**20, len(self.graphs)
+        _log.info("%d graphs captured on %s, %.0f MiB used", count, device, size)
+
+    def _capture_one(self, bucket: Bucket, pool: Any, stream: Stream) -> Captured:
+        hw, buffers = self._hw, self._buffers
+        buffers.spoil()
+        buffers.write(buffers.rows(bucket, 0), [])  # nothing but padding
+        hw.wait_stream(stream, hw.current_stream(buffers.device))
+        with hw.stream_context(stream):
+            for _ in range(self._warm_ups):
+                self._fn(**buffers.views(bucket))
+        hw.synchronize_stream(stream)
+        captured = Captured(hw, self._fn, buffers, bucket, pool, stream)
+        hw.synchronize_stream(stream)
+        return captured
