@@ -30,3 +30,13 @@ def network(hw):
 def llama(hw, network):
     """Our own Llama with the same weights, on the device."""
     return Llama(network.config, network.state_dict(), hw.device(), max_context=512)
+
+
+@pytest.fixture
+def sim(hw):
+    """Control over the simulated device, for what no other one shows."""
+    if hw.info.name != "sim":
+        pytest.skip("the device does not tell what the host waits for, nor when work runs")
+    from hwcore_sim import device
+
+    return device
