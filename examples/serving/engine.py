@@ -30,9 +30,12 @@ class Timing:
     steps : int
     total_s : float
     gap_s : float
-        Host time between the end of a step's submission and the beginning of the next one's.
+        Host time between the submissions of two steps, without the wait for tokens: what a device
+        stands idle where nothing else is in flight.
     gather_s : float
         Host time in ``FutureMap.resolve``.
+    tokens : int
+        In all answers.
     decoded, decodes : int
         Tokens that decode steps emitted, and for how many requests, summed over the steps.
     """
@@ -41,6 +44,7 @@ class Timing:
     total_s: float = 0.0
     gap_s: float = 0.0
     gather_s: float = 0.0
+    tokens: int = 0
     decoded: int = 0
     decodes: int = 0
 
@@ -58,6 +62,8 @@ class Engine:
     llama : Llama
     num_slots : int
         Entries that the KV pool holds, the padding slot included.
+    max_context : int
+        Entries that a request may have; every step looks at so many.
     buckets : sequence of int
         Batch sizes that are run; smaller batches are padded. The largest is the limit.
     width : int
@@ -74,6 +80,7 @@ class Engine:
         self,
         llama: Llama,
         num_slots: int,
+        max_context: int,
         *,
         buckets: Sequence[int] = (8,),
         width: int = 1,
@@ -82,12 +89,12 @@ class Engine:
         graphs: bool = False,
     ) -> None:
         self.overlap, self.timing = overlap, Timing()
-        self.pool = KVPool(llama, num_slots, num_rows=max(buckets) + 1)
+        self.pool = KVPool(llama, num_slots, max(buckets) + 1, max_context)
         self.scheduler = Scheduler(self.pool, width, chunk)
         self.worker = Worker(llama, self.pool, sorted(buckets), width, chunk, overlap, graphs)
         self._hw = hwcore.current_backend()
         self._in_flight: Step | None = None
-        self._submitted_s: float | None = None
+        self._submitted_s = 0.0  # end of the last submission, put off by what was waited since
 
     def run(self, requests: Sequence[Request]) -> None:
         """Answer requests: each is there from its arrival on, and its ``tokens`` are the answer."""
@@ -98,6 +105,7 @@ class Engine:
             self.step()
         self.timing.total_s += time.perf_counter() - began
         self.timing.gather_s = self.worker.gather_s
+        self.timing.tokens += sum(len(request.tokens) for request in requests)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -112,7 +120,7 @@ class Engine:
         if batch is not None:
             prepared = self.worker.prepare(batch)
             began = time.perf_counter()
-            self.timing.gap_s += 0.0 if self._submitted_s is None else began - self._submitted_s
+            self.timing.gap_s += began - self._submitted_s if self._submitted_s else 0.0
             step = self.worker.submit(batch, prepared)
             self._submitted_s = time.perf_counter()
         if self.overlap:
@@ -122,7 +130,9 @@ class Engine:
 
     def _collect(self, step: Step) -> None:
         """Wait for a step's tokens, the one wait of the host, and give them to its requests."""
+        began = time.perf_counter()
         self._hw.synchronize_event(step.arrived)
+        self._submitted_s += time.perf_counter() - began
         if not step.batch.emits:
             return
         for request, row in zip(step.batch.requests, step.tokens.tolist(), strict=False):

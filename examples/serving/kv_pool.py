@@ -24,6 +24,8 @@ class KVPool:
     llama : Llama
     num_slots, num_rows : int
         Slot 0 and row 0 included.
+    max_context : int
+        Entries that a request may have.
 
     Attributes
     ----------
@@ -33,11 +35,10 @@ class KVPool:
         What nobody owns.
     """
 
-    def __init__(self, llama: Llama, num_slots: int, num_rows: int) -> None:
-        self.num_slots, self.num_rows = num_slots, num_rows
-        self.max_context = llama.max_context
+    def __init__(self, llama: Llama, num_slots: int, num_rows: int, max_context: int) -> None:
+        self.num_slots, self.num_rows, self.max_context = num_slots, num_rows, max_context
         self.kv = llama.new_kv(num_slots)
-        self.table = torch.zeros(num_rows, self.max_context, dtype=torch.int64, device=llama.device)
+        self.table = torch.zeros(num_rows, max_context, dtype=torch.int64, device=llama.device)
         self.free_slots = list(range(num_slots - 1, 0, -1))
         self.free_rows = list(range(num_rows - 1, 0, -1))
 

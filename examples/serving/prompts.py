@@ -69,6 +69,20 @@ PROMPTS = (
     Prompt("question", "Why is the sky blue, and why is it red in the evening? Explain."),
 )
 
+SERVED = (
+    Prompt("ferry", "Repeat three times: The ferry leaves at nine and comes back at six."),
+    Prompt("capital", "What is the capital of France? Answer in one sentence."),
+    Prompt("colours", "Write the words red, green, blue four times, with commas between them."),
+    Prompt("moon", "Why does the moon have phases?"),
+    Prompt("spell", "Correct the spelling: The visters came to the musuem on a rainy Tusday."),
+    Prompt("haiku", "Write a haiku about the sea."),
+    Prompt("count", "Count from 1 to 20, with commas between the numbers."),
+    Prompt("bread", "How do I bake a simple bread? Give short steps."),
+    Prompt("list", "Copy this list and number it: apples, pears, plums, cherries, grapes."),
+    Prompt("bicycle", "Explain in two sentences how a bicycle stays upright."),
+)
+"""What comes in one after the other: short, so that many run side by side."""
+
 
 def as_chat(text: str) -> str:
     """Return a user's message, and the opening of the answer, as the model was tuned to read it."""

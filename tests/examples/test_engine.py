@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from examples.serving.engine import Engine
-from examples.serving.llama import Llama
 from examples.serving.request import Request
 from hwcore.testing.fixtures import race_sanitizer  # noqa: F401  a fixture
 
@@ -16,11 +15,6 @@ WAYS = {
     "overlap": {"overlap": True},
     "overlap and graphs": {"overlap": True, "graphs": True},
 }
-
-
-@pytest.fixture(scope="module")
-def small(hw, network):
-    return Llama(network.config, network.state_dict(), hw.device(), CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def requests(count=10):
 
 def run(llama, asked, num_slots=600, **options):
     options = {"buckets": (4,), "chunk": 16, **options}
-    engine = Engine(llama, num_slots, **options)
+    engine = Engine(llama, num_slots, CONTEXT, **options)
     engine.run(asked)
     engine.close()
     return engine
@@ -73,55 +67,55 @@ def way(request):
     return request.param
 
 
-def test_every_answer_is_the_networks_own(small, answers, width, way):
+def test_every_answer_is_the_networks_own(llama, answers, width, way):
     asked = requests()
-    engine = run(small, asked, width=width, **way)
+    engine = run(llama, asked, width=width, **way)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
     assert any(r.tokens[-1] == 7 and len(r.tokens) < r.count for r in asked), "none ended early"
     assert (engine.timing.decoded > engine.timing.decodes) == (width > 1), "no draft came true"
 
 
-def test_a_request_alone_on_the_same_bucket_gets_the_same_tokens(small, width):
+def test_a_request_alone_on_the_same_bucket_gets_the_same_tokens(llama, width):
     together, alone = requests(), requests()
-    run(small, together, width=width)
+    run(llama, together, width=width)
     for request in alone:
-        run(small, [request], width=width)
+        run(llama, [request], width=width)
     assert [r.tokens for r in together] == [r.tokens for r in alone]
 
 
-def test_buckets_pad_as_little_as_they_can_and_change_no_token(small, answers, width):
+def test_buckets_pad_as_little_as_they_can_and_change_no_token(llama, answers, width):
     asked = requests()
-    engine = run(small, asked, width=width, buckets=(4, 1, 2), graphs=True)
+    engine = run(llama, asked, width=width, buckets=(4, 1, 2), graphs=True)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
     assert engine.worker._buckets == [1, 2, 4]
 
 
-def test_a_pool_that_is_too_small_for_all_retracts_and_changes_no_token(small, answers, width, way):
+def test_a_pool_that_is_too_small_for_all_retracts_and_changes_no_token(llama, answers, width, way):
     asked = requests()
-    engine = run(small, asked, num_slots=80, width=width, **way)
+    engine = run(llama, asked, num_slots=80, width=width, **way)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
     assert sum(r.retractions for r in asked) > 0
     assert sorted(engine.pool.free_slots) == list(range(1, 80))
     assert sorted(engine.pool.free_rows) == [1, 2, 3, 4]
 
 
-def test_more_requests_than_rows_take_rows_that_others_have_left(small, answers):
+def test_more_requests_than_rows_take_rows_that_others_have_left(llama, answers):
     asked = requests(6)
-    run(small, asked, buckets=(2,), width=4)
+    run(llama, asked, buckets=(2,), width=4)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
-def test_the_relay_finds_every_row_written_once_and_read_once(small, monkeypatch, width, way):
+def test_the_relay_finds_every_row_written_once_and_read_once(llama, monkeypatch, width, way):
     """Requests finish early and are retracted: what they left must have been discarded."""
     monkeypatch.setenv("HWCORE_DEBUG", "1")
     asked = requests()
-    run(small, asked, num_slots=80, width=width, **way)  # close() raises what it found
+    run(llama, asked, num_slots=80, width=width, **way)  # close() raises what it found
     assert sum(r.retractions for r in asked) > 0
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_with_overlap_a_step_is_submitted_before_the_tokens_of_the_last_are_here(small, overlap):
-    engine, log = Engine(small, 200, buckets=(4,), chunk=16, overlap=overlap), []
+def test_with_overlap_a_step_is_submitted_before_the_tokens_of_the_last_are_here(llama, overlap):
+    engine, log = Engine(llama, 200, CONTEXT, buckets=(4,), chunk=16, overlap=overlap), []
     submit, collect = engine.worker.submit, engine._collect
     known = {}
 
@@ -144,25 +138,25 @@ def test_with_overlap_a_step_is_submitted_before_the_tokens_of_the_last_are_here
     assert log == list(zip(kinds, order, strict=True))
 
 
-def test_nothing_races(small, answers, race_sanitizer, width):  # noqa: F811
+def test_nothing_races(llama, answers, race_sanitizer, width):  # noqa: F811
     asked = requests(6)
-    run(small, asked, num_slots=80, width=width, graphs=True)
+    run(llama, asked, num_slots=80, width=width, graphs=True)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
 @pytest.mark.parametrize("policy", ["eager", "random:1", "random:2"])
-def test_the_order_in_which_streams_run_changes_no_token(sim, small, answers, policy, width):
+def test_the_order_in_which_streams_run_changes_no_token(sim, llama, answers, policy, width):
     asked = requests(6)
     with sim.drain_policy(policy):
-        run(small, asked, num_slots=80, width=width)
+        run(llama, asked, num_slots=80, width=width)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
 def test_a_step_waits_for_nothing_but_the_tokens_of_the_one_before(
-    sim, small, monkeypatch, width, way
+    sim, llama, monkeypatch, width, way
 ):
     monkeypatch.setenv("HWCORE_DEBUG", "0")  # it looks at arguments on the device
-    engine = Engine(small, 80, buckets=(4,), width=width, chunk=16, **way)
+    engine = Engine(llama, 80, CONTEXT, buckets=(4,), width=width, chunk=16, **way)
     collect, collected = engine._collect, []
 
     def collecting(step):

@@ -8,7 +8,7 @@ from examples.serving.scheduler import Scheduler
 @pytest.fixture
 def scheduler(llama):
     def make(num_slots=100, num_rows=4, width=1, chunk=4):
-        return Scheduler(KVPool(llama, num_slots, num_rows), width, chunk)
+        return Scheduler(KVPool(llama, num_slots, num_rows, max_context=512), width, chunk)
 
     return make
 
