@@ -47,7 +47,7 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
     """
     console = Console(highlight=False)
     chosen, rounds, tokens = (PROMPTS[:1], 1, 48) if short else (PROMPTS, rounds, tokens)
-    asked, answer, bucket = (SERVED[:4], 12, 3) if short else (SERVED, 32, 8)
+    asked, answer, bucket = (SERVED[:4], 12, 3) if short else (SERVED, 24, 8)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)

@@ -50,7 +50,3 @@ class KVPool:
         """Free a request's row and slots."""
         self.free_rows.append(row)
         self.free_slots.extend(slots)
-
-    def move(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copy slots ``src [n]`` to ``dst [n]`` in every layer."""
-        self.kv.index_copy_(1, dst, self.kv.index_select(1, src))

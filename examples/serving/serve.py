@@ -103,7 +103,7 @@ def serve(
     """Serve the prompts plainly and with prompt lookup, in each way, ``rounds`` times.
 
     Before that each request is served alone, on the same bucket; and all together on buckets that
-    fit. The pool holds three quarters of what a full batch may need: some lose their memory.
+    fit. The pool holds half of what a full batch may need, so that some lose their memory.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def serve(
     """
     longest = max(map(len, prompts.values()))
     max_context = longest + count + 2 * max(WIDTHS.values())
-    served = Served(bucket, num_slots=1 + max_context * bucket * 3 // 4)
+    served = Served(bucket, num_slots=1 + max_context * ((bucket + 1) // 2))
 
     def run(names: Iterable[str], buckets: Sequence[int], **options: Any) -> Run:
         requests = [

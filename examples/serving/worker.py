@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """A submitted step: its tokens, -1 past the last, are here once ``arrived`` was reached."""
+    """A submitted step; its tokens, -1 past the last, are here once ``arrived`` is reached."""
 
     batch: Batch
     tokens: Tensor
@@ -36,23 +36,12 @@ class Step:
 
 
 class Worker:
-    """Runs steps, each on what the last one left on the device.
+    """Runs steps, each on what the last one left on the device; the host waits for nothing.
 
-    ``prepare`` brings what the host decided to the device, on the plan stream, so that the last
-    step may still run. ``submit`` reads newest tokens and lengths from the
+    ``prepare`` brings what the host decided to the device, on the plan stream, while the last step
+    may still run. ``submit`` takes newest tokens and lengths from the
     :class:`~hwcore.overlap.FutureMap`, drafts, runs the model, verifies, and leaves tokens and
-    lengths there for the next. Neither waits for anything.
-
-    Parameters
-    ----------
-    llama, pool : Llama, KVPool
-    buckets : sequence of int
-        Batch sizes that decode steps are padded to, in order.
-    width, chunk : int
-        Tokens a request has in a decode step, and in a prefill step.
-    plan_stream : bool
-        Prepare on a stream of its own, where the backend has one.
-    graphs : bool
+    lengths there for the next step. The parameters are those of the engine.
     """
 
     def __init__(
@@ -147,12 +136,8 @@ class Worker:
         else:
             padded = tuple(bounds) + (1,) * (len(rows) - len(bounds))
             target = self._graphs.run(inputs, padded, self._width)
-        entries = lens.unsqueeze(1) + torch.arange(self._width, device=self._device)
-        result = commit(tree, verify_greedy(tree, target), lens, slots.gather(1, entries))
-        if self._width > 1:
-            assert result.kv_src is not None
-            assert result.kv_dst is not None
-            self._pool.move(result.kv_src.view(-1), result.kv_dst.view(-1))
+        # The path of a chain lies at its front: no entry has to move, as a tree's would.
+        result = commit(tree, verify_greedy(tree, target), lens)
         self._hand_on(rows, result.new_seq_lens, result.bonus_tokens, result.accept_tokens)
         return result.accept_tokens
 
@@ -174,7 +159,7 @@ class Worker:
             "lens": Slot(torch.int64, (BATCH,)),
             "slots": Slot(torch.int64, (BATCH, self._pool.max_context)),
             "positions": Slot(torch.int64, shape),
-            # A node that attends to nothing would leave NaN in the padding slot.
+            # Some kernels make NaN of a node that attends to nothing; the pool would keep it.
             "tree_mask": Slot(torch.bool, (*shape, TOKENS_PER_REQUEST), fill=True),
         }
         buckets = [(size, self._width) for size in self._buckets]

@@ -7,6 +7,7 @@ import torch
 
 from examples.serving.engine import Engine
 from examples.serving.request import Request
+from examples.serving.worker import Worker
 from hwcore.testing.fixtures import race_sanitizer  # noqa: F401  a fixture
 
 CONTEXT = 96
@@ -83,11 +84,20 @@ def test_a_request_alone_on_the_same_bucket_gets_the_same_tokens(llama, width):
     assert [r.tokens for r in together] == [r.tokens for r in alone]
 
 
-def test_buckets_pad_as_little_as_they_can_and_change_no_token(llama, answers, width):
+def test_buckets_pad_as_little_as_they_can_and_change_no_token(llama, answers, width, monkeypatch):
+    sizes, prepare = set(), Worker.prepare
+
+    def preparing(worker, batch):
+        prepared = prepare(worker, batch)
+        if not batch.chunk:
+            sizes.add((len(batch.requests), len(prepared["rows"])))
+        return prepared
+
+    monkeypatch.setattr(Worker, "prepare", preparing)
     asked = requests()
-    engine = run(llama, asked, width=width, buckets=(4, 1, 2), graphs=True)
+    run(llama, asked, width=width, buckets=(4, 1, 2), graphs=True)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
-    assert engine.worker._buckets == [1, 2, 4]
+    assert sizes == {(1, 1), (2, 2), (3, 4), (4, 4)}
 
 
 def test_a_pool_that_is_too_small_for_all_retracts_and_changes_no_token(llama, answers, width, way):
@@ -111,6 +121,14 @@ def test_the_relay_finds_every_row_written_once_and_read_once(llama, monkeypatch
     asked = requests()
     run(llama, asked, num_slots=80, width=width, **way)  # close() raises what it found
     assert sum(r.retractions for r in asked) > 0
+
+
+def test_the_text_on_the_device_is_the_prompt_and_the_answer(llama, width, way):
+    """What is drafted from; were it another one, the tokens would still be right, and slow."""
+    request = requests(1)[0]
+    engine = run(llama, [request], buckets=(1,), width=width, **way)
+    text = request.prompt + request.tokens
+    assert engine.worker._lookup._text[1, : len(text)].tolist() == text
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -144,6 +162,13 @@ def test_nothing_races(llama, answers, race_sanitizer, width):  # noqa: F811
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
+def test_what_is_copied_to_the_device_lives_until_it_has_been(sim, llama, answers):
+    asked = requests(6)
+    with sim.pinned_reuse("early"):  # freed pinned memory is handed out at once
+        run(llama, asked, num_slots=80)
+    assert [r.tokens for r in asked] == [answers(r) for r in asked]
+
+
 @pytest.mark.parametrize("policy", ["eager", "random:1", "random:2"])
 def test_the_order_in_which_streams_run_changes_no_token(sim, llama, answers, policy, width):
     asked = requests(6)
@@ -173,6 +198,6 @@ def test_a_step_waits_for_nothing_but_the_tokens_of_the_one_before(
         with sim.host_waits() as waits:
             engine.step()
         assert waits == [wait for step in collected[before:] for wait in step]
-    assert all(waits == ["called Event.synchronize"] for waits in collected)
+        assert all(waits == ["called Event.synchronize"] for waits in collected)
     assert len(collected) > 40
     assert sum(r.retractions for r in asked) > 0

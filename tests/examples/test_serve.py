@@ -46,12 +46,12 @@ def test_a_wrong_token_is_found_and_weighed(model, monkeypatch):
         def run(self, requests):
             super().run(requests)
             if len(requests) > 1 and self.overlap:
-                requests[1].tokens[5] += 1
+                requests[0].tokens[5] += 1  # the oldest: it is never retracted
 
     monkeypatch.setattr(module, "Engine", Wrong)
     served = serve(model, PROMPTS, 24, bucket=2)
     assert not served.sound
-    assert {(d.name, d.place) for d in served.differences} == {("b", 5)}
+    assert {(d.name, d.place) for d in served.differences} == {("a", 5)}
     found = next(d for d in served.differences if d.run == "plain, overlap")
     assert not found.other_bucket
     assert found.gap > TOLERANCE
