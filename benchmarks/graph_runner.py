@@ -38,43 +38,52 @@ def run(quick: bool = False) -> list[Row]:
     rounds, calls = (5, 500) if quick else (41, 3_000)
     with torch.no_grad():
         return [
-            _overhead("8 of 8 requests", 8, rounds, calls, 2.0),
-            _overhead("5 of 8 requests", 5, rounds, calls, 2.0),
+            _overhead("8 of 8 requests", [8], 2.0, rounds, calls),
+            _overhead("5 of 8 requests", [5], 2.0, rounds, calls),
+            # Every other step makes padding again, which bare copies leave as it was.
+            _overhead("8 and 5 by turns", [8, 5], None, rounds, calls),
             _static(rounds, calls),
         ]
 
 
-def _overhead(what: str, batch_size: int, rounds: int, calls: int, target: float) -> Row:
-    """Compare a step of the runner with what one writes by hand for the same graph."""
+def _overhead(what: str, sizes: list[int], target: float | None, rounds: int, calls: int) -> Row:
+    """Compare steps of the runner with what one writes by hand for the same graph."""
     hw = hwcore.load_backend("cpu")
     static = {"weights": [torch.zeros(8) for _ in range(4)]}
     with GraphRunner(forward, _SLOTS, [_BUCKET], backend=hw, static=static) as runner:
         runner.capture()
-        inputs = _inputs(batch_size)
-        runner.prepare(inputs, [7] * batch_size)
+        batches = [(_inputs(size), [7] * size) for size in sizes]
         names = {
             "runner": runner,
-            "inputs": inputs,
-            "lens": [7] * batch_size,
-            # By hand the views of the real rows are made beforehand, as the runner does.
-            "pairs": [
-                (runner.buffers.rows(_BUCKET, batch_size).real[n], t) for n, t in inputs.items()
+            "batches": batches,
+            # By hand too the views of the real rows are made beforehand.
+            "copies": [
+                [
+                    (runner.buffers.rows(_BUCKET, len(lens)).real[name], t)
+                    for name, t in given.items()
+                ]
+                for given, lens in batches
             ],
             "graph": runner._set.graphs[_BUCKET].graph,
         }
+        each = "for inputs, lens in batches: "
         medians = statements(
             {
-                "runner": "runner.replay(runner.prepare(inputs, lens))",
-                "prepare": "runner.prepare(inputs, lens)",
-                "bare": "for slot, given in pairs: slot.copy_(given)\ngraph.replay()",
-                "replay": "graph.replay()",
+                "runner": each + "runner.replay(runner.prepare(inputs, lens))",
+                "prepare": each + "runner.prepare(inputs, lens)",
+                "bare": (
+                    "for pairs in copies:\n"
+                    "    for slot, given in pairs: slot.copy_(given)\n"
+                    "    graph.replay()"
+                ),
+                "replay": "for _ in batches: graph.replay()",
             },
             names,
             rounds,
             calls,
         )
     ratio = medians["runner"] / medians["bare"]
-    detail = ", ".join(f"{name} {seconds * 1e6:.1f} µs" for name, seconds in medians.items())
+    detail = ", ".join(f"{n} {s / len(sizes) * 1e6:.1f} µs" for n, s in medians.items())
     return Row(f"prepare and replay over bare, {what}", ratio, "x", target, True, detail)
 
 

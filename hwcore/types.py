@@ -242,7 +242,8 @@ class ReplayBatch:
     plan_stream_active : bool
         The inputs were prepared on a side stream.
     recomputed : Mapping of str to Tensor
-        Tensors recomputed after the join, by the names of :class:`PlanStreamPolicy`.
+        Tensors recomputed after the join, by the names of :class:`PlanStreamPolicy`, each of the
+        shape that the graph's buffer has, padding included.
     """
 
     bucket: tuple[int, int]

@@ -24,13 +24,14 @@ class Addresses:
 
     A tensor has moved if its own memory is another (``p.data = ...``, ``set_``), or its holder
     holds another tensor: a module under one of its names, or a list or dict in one of its places.
-    Writing in place moves nothing. A tensor that is given by itself has no holder, so that its
-    owner's turning to another tensor goes unseen: give the list, the dict or the module.
+    Writing in place moves nothing, nor does adding to a holder. A tensor that is given by itself
+    has no holder, so that nobody sees its owner turn to another one: give the list, the dict or
+    the module.
 
     Parameters
     ----------
     static : Mapping of str to Tensor, Module, or nested list, tuple or dict of those
-        None and numbers in them are passed over.
+        None, numbers and text in them are passed over.
 
     Raises
     ------
@@ -47,13 +48,11 @@ class Addresses:
         self._tensors: list[torch.Tensor] = []
         self._tensor_names: list[str] = []
         self._holders: list[tuple[list[str], list[Any], Any]] = []
-        self._seen: set[int] = set()
+        seen: set[int] = set()
         for name, value in static.items():
-            self._note(name, value)
+            self._note(name, value, seen)
         self._pointers = [*map(_data_ptr, self._tensors)]
-        # Flat, for the check of every replay. The views show what each holder holds by then.
-        self._views = [view for _, _, view in self._holders]
-        self._held = [value for _, held, _ in self._holders for value in held]
+        self._flatten()
 
     def moved(self) -> str | None:
         """Return the name of a tensor that has moved, or None. About 0.1 µs a tensor."""
@@ -64,7 +63,12 @@ class Addresses:
             and sum(map(len, self._views)) == len(self._held)
         ):
             return None
-        return next(self._which())
+        name = next(self._which(), None)
+        if name is None:  # a number changed, or something was added that no graph knows of
+            for _, held, view in self._holders:
+                held[:] = view
+            self._flatten()
+        return name
 
     def check(self, where: str, fix: str) -> None:
         """Raise if a tensor has moved.
@@ -82,36 +86,43 @@ class Addresses:
             )
             raise StaleGraphError(message)
 
+    def _flatten(self) -> None:
+        """Chain all holders, for the check of every replay."""
+        self._views = [view for _, _, view in self._holders]
+        self._held = [value for _, held, _ in self._holders for value in held]
+
     def _which(self) -> Iterator[str]:
+        gone = object()
         for names, held, view in self._holders:
-            for name, was, now in itertools.zip_longest(names, held, view):
-                if was is not now:
-                    yield name or f"{names[-1]}, or what was put behind it"
+            now = itertools.chain(view, itertools.repeat(gone))
+            for name, was, value in zip(names, held, now, strict=False):
+                if was is not value and not _is_plain(was):
+                    yield name
         for name, tensor, was in zip(
             self._tensor_names, self._tensors, self._pointers, strict=True
         ):
             if tensor.data_ptr() != was:
                 yield name
 
-    def _note(self, name: str, value: Any) -> None:
-        if value is None or isinstance(value, (bool, int, float, str)) or id(value) in self._seen:
+    def _note(self, name: str, value: Any, seen: set[int]) -> None:
+        if _is_plain(value) or id(value) in seen:
             return
-        self._seen.add(id(value))  # its id is its own: it is kept by a list of this object
+        seen.add(id(value))
         if isinstance(value, torch.Tensor):
             self._tensors.append(value)
             self._tensor_names.append(name)
         elif isinstance(value, torch.nn.Module):
             for part in (value._parameters, value._buffers, value._modules):
-                self._hold(name, part)
+                self._hold(name, part, seen)
         elif isinstance(value, (Mapping, Sequence)):
-            self._hold(name, value)
+            self._hold(name, value, seen)
         else:
             expected = "a tensor, a module, or a list, tuple or dict of those"
             raise ArgumentTypeError(
                 describe("GraphRunner", f"static `{name}`", value, expected, "Leave it out")
             )
 
-    def _hold(self, name: str, holder: Mapping[Any, Any] | Sequence[Any]) -> None:
+    def _hold(self, name: str, holder: Mapping[Any, Any] | Sequence[Any], seen: set[int]) -> None:
         """Note what a holder holds, and go into it."""
         if isinstance(holder, Mapping):
             items: list[tuple[Any, Any]] = list(holder.items())
@@ -122,4 +133,8 @@ class Addresses:
             names = [f"{name}.{key}" for key, _ in items]
             self._holders.append((names, [value for _, value in items], view))
         for key, value in items:
-            self._note(f"{name}.{key}", value)
+            self._note(f"{name}.{key}", value, seen)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections.abc
-import itertools
 import math
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -13,64 +12,25 @@ import torch
 
 import hwcore
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, HwcoreError, describe
-from hwcore.graphs.slots import Bucket, Slot, check_bucket
+from hwcore.graphs.rows import Rows, copy_group, copy_runs
+from hwcore.graphs.slots import Bucket, Slot, check_buckets, check_slots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from hwcore.backend import Backend
 
-__all__ = ["Copies", "GraphBuffers", "Rows"]
+__all__ = ["Copies", "GraphBuffers"]
 
 _ALIGNMENT = 256  # bytes: what vectorised kernels and copy engines ask for at most
+_LARGEST_ITEM = 16  # bytes, of complex128
 
-# What an input must have in common with its slot; the four in one call.
-_form = attrgetter("dtype", "shape", "device", "requires_grad")
 _data_ptr = torch.Tensor.data_ptr
 Copies: TypeAlias = tuple[torch.Tensor, ...] | list[tuple[torch.Tensor, torch.Tensor]]
 """Inputs in the order of the slots, where all can be copied at once; else (to, from)."""
 
 # Private by its name alone: torch's optimizers stand on it, and no public call copies many.
 _copy_all = torch._foreach_copy_
-
-
-class Rows:
-    """The real and the padded part of every slot, for one batch size in one bucket.
-
-    Attributes
-    ----------
-    bucket : Bucket
-    batch_size : int
-    real : dict of str to Tensor
-        Views of the first ``batch_size`` requests.
-    padding : list of (Tensor, number)
-        Views of the rest, with what they are to hold; empty where nothing is padded.
-    """
-
-    __slots__ = ("_forms", "batch_size", "bucket", "padding", "real", "targets")
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        batch_size: int,
-        slots: Mapping[str, Slot],
-        views: Mapping[str, torch.Tensor],
-    ) -> None:
-        self.bucket, self.batch_size = bucket, batch_size
-        self.real: dict[str, torch.Tensor] = {}
-        self.padding: list[tuple[torch.Tensor, complex]] = []
-        for name, slot in slots.items():
-            view, axis = views[name], slot.axis
-            count = slot.shape_for(batch_size, bucket[1])[axis]
-            self.real[name] = view.narrow(axis, 0, count)
-            if padded := view.shape[axis] - count:
-                self.padding.append((view.narrow(axis, count, padded), slot.fill))
-        self.targets = list(self.real.values())
-        self._forms = [_form(target) for target in self.targets]
-
-    def fit(self, inputs: Sequence[Any]) -> bool:
-        """Say whether inputs have the form of the slots, in the order of the slots."""
-        return [*map(_form, inputs)] == self._forms
 
 
 class GraphBuffers:
@@ -119,36 +79,41 @@ class GraphBuffers:
         device: torch.device | None = None,
     ) -> None:
         # By dtype, so that what one call can copy lies side by side.
-        ordered = sorted(_checked_slots(slots).items(), key=lambda item: _group(item[1]))
+        ordered = sorted(check_slots(slots).items(), key=lambda item: copy_group(item[1]))
         self.slots = MappingProxyType(dict(ordered))
-        self.buckets = _checked_buckets(buckets)
+        self.buckets = check_buckets(buckets)
         hw = backend or hwcore.current_backend()
-        offsets, size_bytes = {}, 0
+        fills = {name: _LARGEST_ITEM * n for n, name in enumerate(self.slots)}
+        size_bytes = _aligned(_LARGEST_ITEM * len(self.slots))
+        offsets = {}
         for name, slot in self.slots.items():
             offsets[name] = size_bytes
-            largest = max(slot.size_bytes(bucket) for bucket in self.buckets)
-            size_bytes += -(-largest // _ALIGNMENT) * _ALIGNMENT
-        # Made outside of inference mode, whose tensors could not be told from written ones, nor be
-        # written outside of it.
+            size_bytes += _aligned(max(slot.size_bytes(bucket) for bucket in self.buckets))
+        # Outside of inference mode, whose tensors count no writes and take none after it.
         with torch.inference_mode(False):
             self.memory = torch.empty(size_bytes, dtype=torch.uint8, device=device or hw.device())
             self._views = {
                 bucket: MappingProxyType(
                     {
-                        name: self._view(slot, bucket, offsets[name])
+                        name: self._view(offsets[name], slot.dtype, slot.shape_for(*bucket))
                         for name, slot in self.slots.items()
                     }
                 )
                 for bucket in self.buckets
             }
-            for views in self._views.values():
+            # Each slot's fill as a scalar on the device: what padding is copied from, in one call.
+            self._fills = {
+                name: self._view(fills[name], slot.dtype, torch.Size())
+                for name, slot in self.slots.items()
+            }
+            for views in (self._fills, *self._views.values()):
                 for name, view in views.items():
                     view.fill_(self.slots[name].fill)
         self.device = self.memory.device
         self._addresses = range(self.memory.data_ptr(), self.memory.data_ptr() + size_bytes)
         names = tuple(self.slots)
         self._in_order = itemgetter(*names) if len(names) > 1 else lambda given: (given[names[0]],)
-        self._fused = _fused(list(self.slots.values()), self.device)
+        self._fused = copy_runs(list(self.slots.values()), self.device)
         self._non_blocking = hw.host_memory_policy().copies_ordered_with_kernels
         self._rows: dict[tuple[Bucket, int], Rows] = {}
         self._filled: Rows | None = None
@@ -175,7 +140,7 @@ class GraphBuffers:
                     describe("GraphBuffers.rows", "`batch_size`", batch_size, expected, fix)
                 )
             with torch.inference_mode(False):
-                rows = Rows(bucket, batch_size, self.slots, views)
+                rows = Rows(bucket, batch_size, self.slots, views, self._fills)
             self._rows[bucket, batch_size] = rows
         return rows
 
@@ -240,11 +205,8 @@ class GraphBuffers:
                 to.copy_(given, non_blocking=self._non_blocking)
                 if given.device != self.device and self._non_blocking:
                     unfinished.append(given)
-        if before is not rows and (
-            before is None or before.bucket != rows.bucket or before.batch_size > rows.batch_size
-        ):
-            for view, fill in rows.padding:
-                view.fill_(fill)
+        if rows.padding and not rows.is_padded_after(before):
+            _copy_all(rows.padding, rows.fills)
         self._filled = rows
         return unfinished
 
@@ -334,50 +296,13 @@ class GraphBuffers:
             )
         return bucket
 
-    def _view(self, slot: Slot, bucket: Bucket, offset: int) -> torch.Tensor:
-        shape = slot.shape_for(*bucket)
-        part = self.memory[offset : offset + math.prod(shape) * slot.dtype.itemsize]
-        # `.data` counts writes by itself: that is how a slot that the graph writes is found.
-        return part.view(slot.dtype).view(shape).data
+    def _view(self, offset: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        part = self.memory[offset : offset + math.prod(shape) * dtype.itemsize]
+        return part.view(dtype).view(shape)
 
 
-def _group(slot: Slot) -> tuple[bool, str]:
-    """Return what slots that one call can copy have in common."""
-    # Real rows behind the first dimension are strided, which no fused kernel takes.
-    return slot.axis > 0, str(slot.dtype)
-
-
-def _fused(slots: Sequence[Slot], device: torch.device) -> list[slice]:
-    """Return which runs of slots are copied by one call each.
-
-    On the host that is all of them; on a device torch has one kernel for many tensors of one dtype,
-    and copies one after the other where they differ.
-    """
-    if device.type == "cpu":
-        return [slice(0, len(slots))]
-    starts = [n for n, slot in enumerate(slots) if not n or _group(slot) != _group(slots[n - 1])]
-    return [slice(a, b) for a, b in itertools.pairwise([*starts, len(slots)])]
-
-
-def _checked_slots(slots: Mapping[str, Slot]) -> dict[str, Slot]:
-    where, expected = "GraphBuffers", "at least one Slot by its name, an identifier"
-    fix = "Pass {'input_ids': Slot(torch.int64, (TOKENS,)), ...}"
-    if not isinstance(slots, collections.abc.Mapping):
-        raise ArgumentTypeError(describe(where, "`slots`", slots, expected, fix))
-    for name, slot in slots.items():
-        if not isinstance(slot, Slot) or not isinstance(name, str):
-            raise ArgumentTypeError(describe(where, "`slots`", {name: slot}, expected, fix))
-    if not slots or not all(map(str.isidentifier, slots)):
-        raise ArgumentValueError(describe(where, "`slots`", list(slots), expected, fix))
-    return dict(slots)
-
-
-def _checked_buckets(buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
-    checked = [check_bucket("GraphBuffers", bucket) for bucket in buckets]
-    if not checked or len(set(checked)) < len(checked):
-        expected, fix = "at least one bucket, each once", "Pass each that is to have a graph"
-        raise ArgumentValueError(describe("GraphBuffers", "`buckets`", checked, expected, fix))
-    return tuple(sorted(checked, key=lambda bucket: (bucket[0] * bucket[1], bucket), reverse=True))
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _refuse(

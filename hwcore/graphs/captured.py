@@ -46,9 +46,10 @@ class Captured:
         self.bucket = bucket
         self.inputs = buffers.views(bucket)
         self.graph = hw.create_graph()
-        before = [view._version for view in self.inputs.values()]
+        # torch counts the writes to a tensor; all slots are views of one.
+        before = buffers.memory._version
         outputs = hw.graph_capture(self.graph, lambda: fn(**self.inputs), pool, stream)
-        self.writes_inputs = before != [view._version for view in self.inputs.values()]
+        self.writes_inputs = buffers.memory._version != before
         leaves, self._spec = tree_flatten_with_path(outputs)
         self._leaves = [leaf for _, leaf in leaves]
         sizes = {bucket[0]: 1, bucket[0] * bucket[1]: bucket[1]}

@@ -13,7 +13,7 @@ from hwcore.graphs import budget
 from hwcore.graphs.addresses import Addresses
 from hwcore.graphs.captured import Captured
 from hwcore.graphs.prepared import Verdict
-from hwcore.graphs.progress import tracked
+from hwcore.graphs.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ class GraphSet:
         self.graphs: dict[Bucket, Captured] = {}
         self.static: Addresses | None = None
         self._batch_sizes: dict[int, list[int]] = {}
-        for batch_size, tokens_per_request in sorted(buffers.buckets):
+        for tokens_per_request, batch_size in sorted(bucket[::-1] for bucket in buffers.buckets):
             self._batch_sizes.setdefault(tokens_per_request, []).append(batch_size)
 
     def find(self, batch_size: int, tokens_per_request: int) -> Verdict:
@@ -111,20 +111,24 @@ class GraphSet:
         def used_bytes() -> int:
             return max(0, free - hw.memory_info(device.index).free_bytes)
 
-        # Largest first: what it frees in the pool is large enough for each that follows.
-        for bucket in tracked(self._buffers.buckets, self._progress, used_bytes):
-            try:
-                with torch.no_grad():
-                    self.graphs[bucket] = self._capture_one(bucket, pool, stream)
-            except Exception as error:
-                message = (
-                    f"GraphRunner.capture: bucket {bucket} got {error!r}; expected fn to run on "
-                    f"it and to be captured. Correct that, or leave the bucket out; all graphs "
-                    f"were released."
-                )
-                raise CaptureError(message) from error
-        size, count = used_bytes() / 2**20, len(self.graphs)
-        _log.info("%d graphs captured on %s, %.0f MiB used", count, device, size)
+        buckets = self._buffers.buckets
+        with progress_bar(len(buckets), self._progress, used_bytes) as move:
+            # Largest first: what it frees in the pool is large enough for each that follows.
+            for done, bucket in enumerate(buckets):
+                move(done, str(bucket))
+                try:
+                    with torch.no_grad():
+                        self.graphs[bucket] = self._capture_one(bucket, pool, stream)
+                except Exception as error:
+                    message = (
+                        f"GraphRunner.capture: bucket {bucket} got {error!r}; expected fn to run "
+                        f"on it and to be captured. Correct that, or leave the bucket out; all "
+                        f"graphs were released."
+                    )
+                    raise CaptureError(message) from error
+            move(len(buckets), "")
+        size = used_bytes() / 2**20
+        _log.info("%d graphs captured on %s, %.0f MiB used", len(buckets), device, size)
 
     def _capture_one(self, bucket: Bucket, pool: Any, stream: Stream) -> Captured:
         hw, buffers = self._hw, self._buffers

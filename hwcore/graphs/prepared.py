@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from hwcore.graphs.buffers import Rows
     from hwcore.graphs.captured import Captured, Outputs
+    from hwcore.graphs.rows import Rows
     from hwcore.graphs.slots import Bucket
     from hwcore.types import ReplayBatch, Stream
 

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-__all__ = ["tracked"]
-
-T = TypeVar("T")
+__all__ = ["progress_bar"]
 
 
-def tracked(items: Sequence[T], shown: bool | None, used_bytes: Callable[[], int]) -> Iterator[T]:
-    """Yield items while a bar on standard error shows how many, which, and the memory used.
+@contextlib.contextmanager
+def progress_bar(
+    total: int, shown: bool | None, used_bytes: Callable[[], int]
+) -> Iterator[Callable[[int, str], None]]:
+    """Show on standard error how many graphs there are, which comes now, and the memory used.
 
     Parameters
     ----------
-    items : sequence
-        Buckets.
+    total : int
     shown : bool or None
         None: only where standard error is a terminal.
     used_bytes : callable
-        Asked before every item, and at the end.
+        Asked each time that the bar moves.
+
+    Yields
+    ------
+    move : callable
+        Takes how many graphs are done, and the bucket that is captured now.
     """
     if not (sys.stderr.isatty() if shown is None else shown):
-        yield from items
+        yield lambda done, now: None
         return
     # Imported only here: rich takes longer to import than a small capture.
     from rich.console import Console
@@ -36,17 +42,13 @@ def tracked(items: Sequence[T], shown: bool | None, used_bytes: Callable[[], int
         TextColumn("graphs"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[now]}"),
-        TextColumn("{task.fields[used]}"),
+        TextColumn("{task.fields[used]}  {task.fields[now]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(items), now="", used="")
-        for item in items:
-            progress.update(task, now=str(item), used=_mib(used_bytes()))
-            yield item
-            progress.advance(task)
-        progress.update(task, now="", used=_mib(used_bytes()))
+        task = progress.add_task("", total=total, used="", now="")
 
+        def move(done: int, now: str) -> None:
+            used = f"{used_bytes() / 2**20:.0f} MiB used"
+            progress.update(task, completed=done, used=used, now=now)
 
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.0f} MiB used"
+        yield move

@@ -6,15 +6,24 @@ import collections
 import dataclasses
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import hwcore
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, describe
+from hwcore.errors import ArgumentTypeError, describe
 from hwcore.graphs.buffers import GraphBuffers
 from hwcore.graphs.graph_set import GraphSet
+from hwcore.graphs.host_inputs import HostInputs
 from hwcore.graphs.prepared import Place, Prepared, Verdict
+from hwcore.graphs.refusals import (
+    as_tuple,
+    at_least,
+    misuse,
+    refuse_batch,
+    refuse_prepared,
+    refuse_recomputed,
+)
 from hwcore.graphs.turns import Turns
 from hwcore.types import ReplayBatch
 
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
 
     from hwcore.backend import Backend
     from hwcore.graphs.slots import Bucket, Slot
-    from hwcore.types import Event, Stream
+    from hwcore.types import Stream
 
 __all__ = ["GraphRunner"]
 
@@ -49,17 +58,20 @@ class GraphRunner:
     **Inputs.** All buckets share one set of static buffers, so one batch at a time is prepared:
     preparing the next takes the place of one that was not replayed. Whatever streams the calls run
     on, each waits on the device, and not on the host, for the call before: an input is not
-    overwritten while a replay reads it, a replay does not start before its inputs are there. A
-    copy of host inputs blocks the host where ``host_memory_policy()`` does not say
+    overwritten while a replay reads it, a replay does not start before its inputs are there. Who
+    writes an input in place, into ``buffers.rows(...).real``, waits for the last replay himself.
+    A copy of host inputs blocks the host where ``host_memory_policy()`` does not say
     ``copies_ordered_with_kernels``.
 
     **Outputs** are views of the graphs' memory without the padded rows. They hold until the next
     replay of *any* bucket: where graphs share a pool, one's outputs may lie where another computes.
-    Clone what must live longer. A consumer on another stream waits for the replaying stream, and
+    Clone what must live longer, and return no more than is used: the outputs of all buckets stay
+    allocated. A consumer on another stream waits for the replaying stream, and
     is itself waited for before the next replay; the race sanitizer sees either wait missing.
 
     **Padding.** The requests behind the real ones hold each slot's ``fill`` and never what an
-    earlier batch left; what the function computes for them is not returned.
+    earlier batch left; what the function computes for them is not returned. A function may write
+    into its inputs, by torch's own calls: writes by other kernels go unseen, and would stay there.
 
     **Threads.** One call at a time runs, the others wait for it; any thread may make it. Preparing
     in one thread and replaying in another is fine, as long as they agree whose turn it is.
@@ -81,8 +93,8 @@ class GraphRunner:
         ``HWCORE_CAPTURE_BUDGET``, else :data:`hwcore.graphs.budget.DEFAULT_BUDGET` on a device
         with the quirk ``capture_stream_limit``.
     static : Mapping of str to Tensor, Module, or nested list or dict of those
-        What the function uses besides its inputs, weights and pools: each replay makes sure that
-        it has not moved. See :class:`hwcore.graphs.addresses.Addresses`.
+        What the function uses beside its inputs, weights and pools for two: each replay makes sure
+        that it has not moved. See :class:`hwcore.graphs.addresses.Addresses`.
     pad_seq_len : int
         The host's length of a padded request; as the ``fill`` of the slot that holds lengths.
     progress : bool, optional
@@ -117,11 +129,7 @@ class GraphRunner:
         if not callable(fn):
             fix = "Pass what takes the slots by name"
             raise ArgumentTypeError(describe("GraphRunner", "`fn`", fn, "a callable", fix))
-        for name, number in (("warm_ups", warm_ups), ("pad_seq_len", pad_seq_len)):
-            if type(number) is not int or number < 0:
-                raise ArgumentValueError(
-                    describe("GraphRunner", f"`{name}`", number, "an int ≥ 0", "Pass one")
-                )
+        at_least("GraphRunner", 0, warm_ups=warm_ups, pad_seq_len=pad_seq_len)
         self._hw = hw = backend or hwcore.current_backend()
         self._fn = fn
         self._pad_seq_len = pad_seq_len
@@ -130,8 +138,7 @@ class GraphRunner:
         self._set = GraphSet(hw, fn, self.buffers, warm_ups, capture_budget, static or {}, progress)
         self._turns = Turns(hw, self.buffers.memory)
         self._recompute = hw.plan_stream_policy().recompute_after_join & slots.keys()
-        self._keeps_host_inputs = not hw.host_memory_policy().reuse_waits_for_copy
-        self._host_inputs: collections.deque[tuple[Event, list[torch.Tensor]]] = collections.deque()
+        self._host_inputs = HostInputs(hw, self.buffers.device)
         self._places: dict[tuple[int, int], Place] = {}
         self._prepared: Prepared | None = None
         self._lock = threading.RLock()
@@ -172,7 +179,7 @@ class GraphRunner:
             self._refuse_state("capture")
             if self._set.graphs:
                 got = "a runner whose graphs are there"
-                _misuse("capture", got, "one without", "Call recapture() to replace them")
+                misuse("capture", got, "one without", "Call recapture() to replace them")
             self._capturing = True
             try:
                 self._set.capture()
@@ -206,12 +213,8 @@ class GraphRunner:
         CaptureError
             If the runner was closed.
         """
-        for name, number, least in (
-            ("batch_size", batch_size, 0),
-            ("tokens_per_request", tokens_per_request, 1),
-        ):
-            if type(number) is not int or number < least:
-                _refuse("can_run", f"`{name}`", number, f"an int ≥ {least}", "Pass one")
+        at_least("GraphRunner.can_run", 0, batch_size=batch_size)
+        at_least("GraphRunner.can_run", 1, tokens_per_request=tokens_per_request)
         with self._lock:
             self._refuse_state("can_run")
             verdict = self._set.find(batch_size, tokens_per_request)
@@ -240,7 +243,7 @@ class GraphRunner:
         ----------
         inputs : Mapping of str to Tensor
             One for each slot, unpadded, of the slot's dtype; on the device or on the host, with any
-            strides. See :meth:`GraphBuffers.write`. What :meth:`replay` gets as ``recomputed`` may
+            strides. See :meth:`GraphBuffers.check`. What :meth:`replay` gets as ``recomputed`` may
             be left out.
         seq_lens : tuple or list of int, [batch size]
             The requests' lengths in tokens, as the host knows them. Empty for a batch of padding
@@ -263,14 +266,14 @@ class GraphRunner:
         with self._lock:
             if self._closed or self._capturing or self._hw.is_capturing():
                 self._refuse_state("prepare")
-            lens = seq_lens if type(seq_lens) is tuple else _as_tuple("prepare", seq_lens)
+            lens = seq_lens if type(seq_lens) is tuple else as_tuple("prepare", seq_lens)
             place = self._places.get((len(lens), tokens_per_request))
             if place is None:
                 place = self._find_place(len(lens), tokens_per_request)
             rows = place.rows
             copies = self.buffers.check(rows, inputs)
             missing = _NOTHING
-            if len(inputs) < len(rows.targets):
+            if lens and len(inputs) < len(rows.targets):
                 missing = frozenset(rows.real.keys() - inputs.keys())
             self._prepared = None  # from here on its inputs are overwritten
             stream = self._turns.begin()
@@ -279,7 +282,7 @@ class GraphRunner:
             finally:
                 self._turns.end(stream)
             if unfinished:
-                self._keep(unfinished, stream)
+                self._host_inputs.keep(unfinished, stream)
             padded_lens = lens + place.padding_lens
             batch = ReplayBatch(rows.bucket, lens, padded_lens, attention, plan_stream_active)
             self._prepared = prepared = Prepared(batch, place, stream, missing)
@@ -320,7 +323,7 @@ class GraphRunner:
             if self._closed or self._capturing or self._hw.is_capturing():
                 self._refuse_state("replay")
             if prepared is not self._prepared or prepared is None:
-                self._refuse_prepared(prepared)
+                refuse_prepared(prepared)
             if self._set.static is not None:
                 fix = "Call recapture(), or move the tensor in place with copy_"
                 self._set.static.check("GraphRunner.replay", fix)
@@ -360,7 +363,7 @@ class GraphRunner:
             If no graph takes the batch and ``or_eager`` was not asked for. Otherwise as
             :meth:`prepare` and :meth:`replay`; inputs are checked alike in both.
         """
-        lens = _as_tuple("run", seq_lens)
+        lens = as_tuple("run", seq_lens)
         with self._lock:
             verdict = self.can_run(len(lens), tokens_per_request)
             if verdict:
@@ -368,13 +371,13 @@ class GraphRunner:
                     self.prepare(inputs, lens, tokens_per_request, attention=attention)
                 )
         if not or_eager:
-            self._refuse_batch("run", verdict)
+            refuse_batch("run", verdict)
         given = self.buffers.for_eager(len(lens), tokens_per_request, inputs)
         with torch.no_grad():
             return self._fn(**given)
 
     def close(self) -> None:
-        """Wait for the work in flight and release graphs and buffers. Once is enough.
+        """Wait for the device and release graphs and buffers. Once is enough.
 
         Raises
         ------
@@ -395,7 +398,7 @@ class GraphRunner:
         """Look for a batch's bucket, once for each size."""
         verdict = self._set.find(batch_size, tokens_per_request)
         if verdict.bucket is None:
-            self._refuse_batch("prepare", verdict)
+            refuse_batch("prepare", verdict)
         rows = self.buffers.rows(verdict.bucket, batch_size)
         place = Place(self._set.graphs[verdict.bucket], rows, self._pad_seq_len)
         self._places[batch_size, tokens_per_request] = place
@@ -410,34 +413,20 @@ class GraphRunner:
     ) -> ReplayBatch:
         """Write what was recomputed into its slots, and return what the backend is told of it."""
         on_side = on_side or prepared.batch.plan_stream_active
-        lacking = (
-            prepared.missing | (self._recompute if on_side else _NOTHING)
-        ) - recomputed.keys()
+        untrusted = self._recompute if on_side and prepared.batch.seq_lens else _NOTHING
+        lacking = (prepared.missing | untrusted) - recomputed.keys()
         if lacking:
-            expected = f"{', '.join(sorted(lacking))} among them"
-            why = "not given to prepare(), or not trusted by this device after a plan stream"
-            got, fix = list(recomputed), "Compute it on the replaying stream and pass it"
-            _refuse("replay", "`recomputed`", got, f"{expected}, {why}", fix)
+            refuse_recomputed(list(recomputed), lacking)
         rows = prepared.place.rows
         unfinished = self.buffers.write(rows, self.buffers.check(rows, recomputed))
         if unfinished:
-            self._keep(unfinished, stream)
+            self._host_inputs.keep(unfinished, stream)
         given = {name: prepared.inputs[name] for name in recomputed}
         return dataclasses.replace(prepared.batch, plan_stream_active=on_side, recomputed=given)
 
-    def _keep(self, tensors: list[torch.Tensor], stream: Stream) -> None:
-        """Keep host inputs until they have been copied, where their allocator would not."""
-        if not self._keeps_host_inputs:
-            return
-        kept = self._host_inputs
-        while kept and self._hw.query_event(kept[0][0]):
-            kept.popleft()
-        event = self._hw.create_event(self.buffers.device)
-        self._hw.record_event(event, stream)
-        kept.append((event, tensors))
-
     def _release(self) -> None:
-        self._turns.finish()
+        # Not for the replays alone: consumers of their outputs may be queued behind them.
+        self._hw.synchronize(self.buffers.device)
         self._host_inputs.clear()
         self._places.clear()
         self._prepared = None
@@ -448,35 +437,7 @@ class GraphRunner:
     def _refuse_state(self, method: str) -> None:
         """Raise if the runner is closed, or something is being captured."""
         if self._closed:
-            _misuse(method, "a closed runner", "an open one", "Make a new GraphRunner")
+            misuse(method, "a closed runner", "an open one", "Make a new GraphRunner")
         if self._capturing or self._hw.is_capturing():
             fix = "Call it before or after the capture"
-            _misuse(method, "a call within a capture", "one outside", fix)
-
-    def _refuse_batch(self, method: str, verdict: Verdict) -> NoReturn:
-        fix = "Add a bucket, or ask can_run() and run it eagerly: run(..., or_eager=True)"
-        message = f"GraphRunner.{method}: the batch got no graph: {verdict.reason}. {fix}."
-        raise (CaptureError if verdict.kind == "not captured" else ArgumentValueError)(message)
-
-    def _refuse_prepared(self, prepared: object) -> NoReturn:
-        expected, fix = "the latest of prepare(), not replayed yet", "Prepare the batch again"
-        kind = ArgumentValueError if isinstance(prepared, Prepared) else ArgumentTypeError
-        raise kind(describe("GraphRunner.replay", "`prepared`", prepared, expected, fix))
-
-
-def _as_tuple(method: str, seq_lens: object) -> tuple[int, ...]:
-    # A tensor's elements would be read from the device one by one.
-    if not isinstance(seq_lens, (tuple, list)):
-        where, fix = f"GraphRunner.{method}", "Pass the lengths as the host knows them"
-        expected = "a tuple or list of ints"
-        raise ArgumentTypeError(describe(where, "`seq_lens`", seq_lens, expected, fix))
-    return tuple(seq_lens)
-
-
-def _refuse(method: str, what: str, got: object, expected: str, fix: str) -> NoReturn:
-    raise ArgumentValueError(describe(f"GraphRunner.{method}", what, got, expected, fix))
-
-
-def _misuse(method: str, got: str, expected: str, fix: str) -> NoReturn:
-    message = f"GraphRunner.{method}: the call got {got}; expected {expected}. {fix}."
-    raise CaptureError(message)
+            misuse(method, "a call within a capture", "one outside", fix)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import enum
 import math
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
-__all__ = ["BATCH", "TOKENS", "TOKENS_PER_REQUEST", "Bucket", "Dim", "Slot", "check_bucket"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "BATCH",
+    "TOKENS",
+    "TOKENS_PER_REQUEST",
+    "Bucket",
+    "Dim",
+    "Slot",
+    "check_buckets",
+    "check_slots",
+]
 
 Bucket: TypeAlias = tuple[int, int]
 """Batch size and tokens per request that a graph is captured for."""
@@ -102,28 +115,56 @@ class Slot:
         return math.prod(self.shape_for(*bucket)) * self.dtype.itemsize
 
 
-def _fits(fill: complex, dtype: torch.dtype) -> bool:
-    try:
-        stored = torch.full((), fill, dtype=dtype)
-    except RuntimeError:
-        return False
-    return dtype.is_floating_point or dtype.is_complex or stored.item() == fill
+def check_slots(slots: Mapping[str, Slot]) -> dict[str, Slot]:
+    """Return slots by name.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If it is no mapping of identifiers to slots, or empty.
+    """
+    where, expected = "GraphBuffers", "at least one Slot by its name, an identifier"
+    fix = "Pass {'input_ids': Slot(torch.int64, (TOKENS,)), ...}"
+    if not isinstance(slots, collections.abc.Mapping):
+        raise ArgumentTypeError(describe(where, "`slots`", slots, expected, fix))
+    for name, slot in slots.items():
+        if not isinstance(slot, Slot) or not isinstance(name, str):
+            raise ArgumentTypeError(describe(where, "`slots`", {name: slot}, expected, fix))
+    if not slots or not all(map(str.isidentifier, slots)):
+        raise ArgumentValueError(describe(where, "`slots`", list(slots), expected, fix))
+    return dict(slots)
 
 
-def check_bucket(where: str, bucket: object) -> Bucket:
-    """Return a bucket as a tuple.
+def check_buckets(buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
+    """Return buckets, largest first: by tokens, then by batch size.
 
     Raises
     ------
     ArgumentValueError
-        If it is not two positive ints.
+        If there is none, one is there twice, or is not two positive ints.
     """
-    expected = "a batch size and a number of tokens per request, both ints ≥ 1"
+    checked = [_check_bucket(bucket) for bucket in buckets]
+    if not checked or len(set(checked)) < len(checked):
+        expected, fix = "at least one bucket, each once", "Pass each that is to have a graph"
+        raise ArgumentValueError(describe("GraphBuffers", "`buckets`", checked, expected, fix))
+    return tuple(sorted(checked, key=lambda bucket: (bucket[0] * bucket[1], bucket), reverse=True))
+
+
+def _check_bucket(bucket: object) -> Bucket:
     if (
         isinstance(bucket, (tuple, list))
         and len(bucket) == 2
         and all(type(size) is int and size >= 1 for size in bucket)
     ):
         return bucket[0], bucket[1]
+    expected = "a batch size and a number of tokens per request, both ints ≥ 1"
     fix = "Pass (batch size, tokens per request), such as (8, 1)"
-    raise ArgumentValueError(describe(where, "`buckets`", bucket, expected, fix))
+    raise ArgumentValueError(describe("GraphBuffers", "`buckets`", bucket, expected, fix))
+
+
+def _fits(fill: complex, dtype: torch.dtype) -> bool:
+    try:
+        stored = torch.full((), fill, dtype=dtype)
+    except RuntimeError:
+        return False
+    return dtype.is_floating_point or dtype.is_complex or stored.item() == fill

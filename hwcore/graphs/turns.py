@@ -49,7 +49,3 @@ class Turns:
         """Mark the use that began on ``stream`` as all submitted."""
         self._hw.record_event(self._event, stream)
         self._last = stream
-
-    def finish(self) -> None:
-        """Block the host until the last use has finished."""
-        self._hw.synchronize_event(self._event)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -52,7 +54,7 @@ def test_buckets_are_ordered_largest_first(buffers):
 def test_slots_do_not_overlap_and_are_aligned(buffers):
     views = buffers.views((4, 3)).values()
     spans = sorted((v.data_ptr(), v.data_ptr() + v.numel() * v.itemsize) for v in views)
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(spans):
         assert end <= start
     assert all((start - buffers.memory.data_ptr()) % 256 == 0 for start, _ in spans)
 

@@ -11,6 +11,7 @@ import pytest
 from hwcore.testing.conformance.groups.compilation import Compilation
 from hwcore.testing.conformance.groups.cpu_fallback import CpuFallback
 from hwcore.testing.conformance.groups.distributed import Distributed
+from hwcore.testing.conformance.groups.graph_runner import GraphRunners
 from hwcore.testing.conformance.groups.graphs import Graphs
 from hwcore.testing.conformance.groups.host_memory import HostMemory
 from hwcore.testing.conformance.groups.identity import Identity
@@ -38,6 +39,7 @@ GROUPS = (
     Ordering,
     HostMemory,
     Graphs,
+    GraphRunners,
     Compilation,
     CpuFallback,
     RandomNumbers,

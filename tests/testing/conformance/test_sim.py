@@ -66,7 +66,7 @@ def test_the_simulated_device_conforms():
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["eager", "random:1"])
 def test_it_conforms_under_every_drain_policy(policy):
-    groups = "memory or streams or waiting or ordering or graphs"
+    groups = "memory or streams or waiting or ordering or graphs or graph_runner"
     report = conformance("sim", "-k", groups, HWCORE_SIM_DRAIN=policy)
     assert [failure.messages for failure in report.failures] == []
     assert len(report.tests) > 50
