@@ -45,13 +45,13 @@ def assert_and_invalidate(
     Parameters
     ----------
     guards : Tensor, int64, [bs], device
-        The guard word of each row as it was read: negative if the row was empty. ``bs >= 1``.
+        The guard word of each row as it was read: negative if the row was empty.
     state : Tensor, int32, [pool, n], device
         What -1 empties.
     indices : Tensor, int64 or int32, [bs], device
         The rows that were read.
     outcome : Tensor, int64, [], device
-        Receives the least guard word.
+        Receives the least guard word; 0 for an empty batch.
 
     Returns
     -------
@@ -63,4 +63,6 @@ def assert_and_invalidate(
     message and ends the process's device context; here the caller learns the row, and when it
     asks. Host sync: no. Graph-safe: yes.
     """
+    if guards.shape[0] == 0:
+        return outcome.zero_(), state
     return torch.amin(guards, 0, out=outcome), state.index_fill_(0, indices, -1)

@@ -7,7 +7,15 @@ memory across streams. Nothing here knows a device: streams are ordered by the b
 
 from hwcore.overlap.fence import StreamFence
 from hwcore.overlap.future_map import FutureMap
-from hwcore.overlap.plan_stream import PlanStream, Prepared
+from hwcore.overlap.plan_stream import PlanStream, Prepared, recomputes
 from hwcore.overlap.relay import RelayPayload, RelaySpec
 
-__all__ = ["FutureMap", "PlanStream", "Prepared", "RelayPayload", "RelaySpec", "StreamFence"]
+__all__ = [
+    "FutureMap",
+    "PlanStream",
+    "Prepared",
+    "RelayPayload",
+    "RelaySpec",
+    "StreamFence",
+    "recomputes",
+]

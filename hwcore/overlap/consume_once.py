@@ -51,10 +51,12 @@ class ConsumeOnce:
 
     Attributes
     ----------
-    record : Tensor, int64, [4], device
+    record : Tensor, int64, [NUMBERS], device
         The first failure since it was last taken: number, check, iteration of reads and of writes;
         the number is 0 while there is none.
     """
+
+    NUMBERS = 4
 
     def __init__(self, backend: Backend, rows: Rows, pool_size: int) -> None:
         # Here, not above: importing this module must ask no backend for its policy.
@@ -75,7 +77,7 @@ class ConsumeOnce:
         self._outcome = list(self._outcomes.unbind())
         self._checks = torch.arange(len(Check), device=device)
         self._pending: dict[bool, int] = {}  # of writes or of reads: iteration not yet folded
-        self.record = torch.zeros(4, dtype=torch.int64, device=device)
+        self.record = torch.zeros(self.NUMBERS, dtype=torch.int64, device=device)
         self._guards.copy_(self._numbers)
         self._state.fill_(-1)
         self._flags.fill_(_NEVER)

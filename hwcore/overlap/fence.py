@@ -115,6 +115,10 @@ class StreamFence:
             self._writer, self._written = stream, self._event("write", stream)
         self._backend.record_event(self._written, stream)
 
+    def streams(self) -> set[Stream]:
+        """Return the streams that ended a block so far."""
+        return {stream for _, stream in self._events}
+
     def _event(self, kind: str, stream: Stream) -> Event:
         event = self._events.get((kind, stream))
         if event is None:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_tensor, may_read
+from hwcore._checks import check_instance, check_tensor
 from hwcore._env import debug_enabled
-from hwcore.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    CapabilityError,
-    CaptureError,
-    ClosedError,
-    describe,
-)
+from hwcore.errors import CapabilityError, CaptureError, ClosedError
 from hwcore.kernels import gather_rows, kernel
+from hwcore.overlap.checks import (
+    INDEX_DTYPES,
+    check_batch,
+    check_held,
+    check_payload,
+    check_range,
+    check_rows_once,
+    is_on_host,
+)
 from hwcore.overlap.consume_once import ConsumeOnce
 from hwcore.overlap.fence import StreamFence
-from hwcore.overlap.relay import Output, RelayPayload, RelaySpec, Rows, as_bits, fields_of
+from hwcore.overlap.outputs import Outputs
+from hwcore.overlap.relay import RelayPayload, RelaySpec, Rows, as_bits, fields_of
+from hwcore.overlap.seq_lens import SeqLens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,13 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hwcore.backend import Backend
-    from hwcore.overlap.relay import Batch, Field
-    from hwcore.types import Stream
+    from hwcore.overlap.outputs import Batch
 
 __all__ = ["FutureMap"]
-
-_log = logging.getLogger("hwcore")
-_INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 class FutureMap:
@@ -107,41 +106,33 @@ class FutureMap:
         self.spec = spec
         self._backend = backend or current_backend()
         self._debug = debug_enabled() if debug is None else debug
-        self._layout, words = fields_of(spec, guarded=self._debug)
-        self._fields = {field.name: field for field in self._layout if field.name != "guard"}
+        fields, words = fields_of(spec, guarded=self._debug)
+        self._fields = {field.name: field for field in fields if field.name != "guard"}
+        # One row more than the pool's: what is written for padding goes there.
         memory = torch.zeros(
             spec.pool_size + 1, words, dtype=torch.int64, device=device or self._backend.device()
         )
         self.device = memory.device
-        self._rows = Rows(memory, self._layout)
-        self._outputs = [
-            Output(memory.new_empty(spec.batch_limit, words), self._layout) for _ in range(2)
-        ]
-        self._limit = spec.batch_limit
-        self._seq_lens = memory.new_zeros(spec.pool_size + 1)
-        held = [memory, self._seq_lens, *(output.words for output in self._outputs)]
-        self.nbytes = sum(tensor.nbytes for tensor in held)
+        self._rows = Rows(memory, fields)
+        self._pool = memory[: spec.pool_size]
+        output = memory.new_empty(spec.batch_limit, words)
+        self._outputs = Outputs(self._backend, output, fields)
+        self._seq_lens = SeqLens(
+            self._backend, spec.pool_size + 1, spec.batch_limit, ConsumeOnce.NUMBERS, self.device
+        )
+        self.nbytes = memory.nbytes + self._seq_lens.lens.nbytes + 2 * output.nbytes
         self._gather = kernel(self._backend, gather_rows)
         self._watch = None
         if self._debug:
             self._watch = ConsumeOnce(self._backend, self._rows, spec.pool_size)
-        # Of the lengths and, while debugging, of the failures up to their publish.
-        self._published = memory.new_zeros(spec.batch_limit + 4)
-        self._staging = self._backend.pin_memory(
-            torch.zeros(spec.batch_limit + 4, dtype=torch.int64)
-        )
-        self._copy_stream = self._backend.create_stream(self.device)
-        self._copied = self._backend.create_event(self.device)
-        self._rows_fence = StreamFence(self._backend, self.device)
-        self._lens_fence = StreamFence(self._backend, self.device)
+        self._fence = StreamFence(self._backend, self.device)
         self._lock = threading.RLock()
         self._iteration = 0
-        self._told_of_held = False
         self._closed = False
         # Whoever comes first, on whatever stream, comes after the buffers were filled.
         self._home = self._backend.current_stream(self.device)
-        self._rows_fence.end_write(self._home)
-        self._lens_fence.end_write(self._home)
+        self._fence.end_write(self._home)
+        self._seq_lens.fence.end_write(self._home)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ", debug" if self._debug else ""
@@ -183,18 +174,19 @@ class FutureMap:
         """
         where = "FutureMap.publish"
         with self._lock:
-            count = self._check_indices(where, indices, unique=True)
+            count = self._check_batch(where, indices)
+            check_rows_once(where, indices, self.spec.pool_size)
             form = [("bs", count)]
-            check_tensor(where, "new_seq_lens", new_seq_lens, _INDEX_DTYPES, form, self.device)
-            with self._turn(self._lens_fence):
+            check_tensor(where, "new_seq_lens", new_seq_lens, INDEX_DTYPES, form, self.device)
+            with self._turn(self._seq_lens.fence):
                 if self._watch is not None:
-                    with self._turn(self._rows_fence):
+                    with self._turn(self._fence):
                         indices = self._noted(indices, writes=True)
                         self._watch.fold()
-                        self._published[-4:].copy_(self._watch.record)
+                        self._seq_lens.note.copy_(self._watch.record)
                 if count:
                     targets = self._targets(indices)
-                    self._seq_lens.index_copy_(0, targets, new_seq_lens.to(torch.int64))
+                    self._seq_lens.lens.index_copy_(0, targets, new_seq_lens.to(torch.int64))
 
     def stash(self, indices: Tensor, payload: RelayPayload) -> None:
         """Write what the next step of a batch starts from.
@@ -217,11 +209,12 @@ class FutureMap:
         """
         where = "FutureMap.stash"
         with self._lock:
-            count = self._check_indices(where, indices, unique=True)
-            self._check_payload(where, payload, count)
+            count = self._check_batch(where, indices)
+            check_rows_once(where, indices, self.spec.pool_size)
+            check_payload(where, payload, self._fields, count, self.device)
             if not count:
                 return
-            with self._turn(self._rows_fence):
+            with self._turn(self._fence):
                 targets = self._targets(self._noted(indices, writes=True))
                 if self._watch is not None:
                     self._watch.write(targets, self._iteration)
@@ -267,15 +260,14 @@ class FutureMap:
         """
         where = "FutureMap.resolve"
         with self._lock:
-            count = self._check_indices(where, indices, unique=False)
+            count = self._check_batch(where, indices)
             for name in needs:
-                self._check_held(where, name)
+                check_held(where, name, self._fields)
             self._iteration += 1
-            stream = self._backend.current_stream(self.device)
-            fence = self._rows_fence
+            stream, fence = self._backend.current_stream(self.device), self._fence
             fence.begin_write(stream)  # not a read: the memory that it returns is shared as well
             try:
-                batch = self._next_batch(count, stream)
+                batch = self._outputs.next(count, stream)
                 if count:
                     self._fill(where, batch, indices)
             finally:
@@ -309,18 +301,16 @@ class FutureMap:
         """
         where = "FutureMap.resolve_seq_lens"
         with self._lock:
-            count = self._check_indices(where, indices, unique=False)
-            if _is_on_host(indices):
-                self._check_range(where, indices)
+            self._check_batch(where, indices)
+            if is_on_host(indices):
+                check_range(where, indices, self.spec.pool_size)
             elif self._watch is not None:
-                with self._turn(self._rows_fence):
+                with self._turn(self._fence):
                     indices = self._noted(indices, writes=False)
-            if to_cpu:
-                return self._copied_to_host(indices, count)
-            stream = self._backend.current_stream(self.device)
-            self._lens_fence.begin_read(stream)
-            lens = self._seq_lens.index_select(0, indices)
-            self._lens_fence.end_read(stream)
+            if not to_cpu:
+                return self._seq_lens.read(indices)
+            lens, note = self._seq_lens.to_host(indices)
+            self._take(note.tolist())
             return lens
 
     def discard(self, indices: Tensor) -> None:
@@ -340,9 +330,10 @@ class FutureMap:
             As for :meth:`publish`.
         """
         with self._lock:
-            count = self._check_indices("FutureMap.discard", indices, unique=True)
+            count = self._check_batch("FutureMap.discard", indices)
+            check_rows_once("FutureMap.discard", indices, self.spec.pool_size)
             if count and self._watch is not None:
-                with self._turn(self._rows_fence):
+                with self._turn(self._fence):
                     self._watch.discard(self._targets(self._noted(indices, writes=True)))
 
     def check(self) -> None:
@@ -393,7 +384,7 @@ class FutureMap:
 
     def _noted(self, indices: Tensor, *, writes: bool) -> Tensor:
         """Return the indices, those out of range replaced and noted where that is watched."""
-        if self._watch is None or _is_on_host(indices):
+        if self._watch is None or is_on_host(indices) or not indices.numel():
             return indices
         return self._watch.valid(indices, self._iteration, writes)
 
@@ -401,51 +392,20 @@ class FutureMap:
         """Return where to write: what is meant for row 0 goes where nobody reads."""
         return indices.to(torch.int64).masked_fill(indices == 0, self.spec.pool_size)
 
-    def _next_batch(self, count: int, stream: Stream) -> Batch:
-        """Return rows of the older of the two outputs, or of a new one in its place."""
-        output, newer = self._outputs
-        if output.is_held():
-            if not self._told_of_held:
-                self._told_of_held = True
-                _log.warning(
-                    "FutureMap: a payload is still held when the second resolve() after it would "
-                    "overwrite it; new memory is taken. Drop payloads after their step, or copy."
-                )
-            self._backend.record_stream(output.words, stream)
-            output = Output(torch.empty_like(output.words), self._layout)
-        self._outputs = [newer, output]
-        return output.batch(count)
-
     def _fill(self, where: str, batch: Batch, indices: Tensor) -> None:
         if self._watch is not None:
             indices = self._noted(indices, writes=False)
         try:
-            self._gather(self._rows.words, indices, batch.words)
+            self._gather(self._pool, indices, batch.words)
         except IndexError:
-            self._check_range(where, indices)
+            check_range(where, indices, self.spec.pool_size)
             raise
         if self._watch is not None:
             self._watch.read(batch.guards, indices, self._iteration)
 
-    def _copied_to_host(self, indices: Tensor, count: int) -> Tensor:
-        backend, copy = self._backend, self._copy_stream
-        # The indices are work of the current stream.
-        backend.wait_stream(copy, backend.current_stream(self.device))
-        with backend.stream_context(copy):
-            self._lens_fence.begin_read(copy)
-            torch.index_select(self._seq_lens, 0, indices, out=self._published[:count])
-            self._staging.copy_(self._published, non_blocking=True)
-            self._lens_fence.end_read(copy)
-            backend.record_event(self._copied, copy)
-        backend.synchronize_event(self._copied)
-        lens = self._staging[:count].clone()
-        if self._watch is not None and int(self._staging[-4]) < 0:
-            self._take(self._staging[-4:].tolist())
-        return lens
-
     def _raise_failure(self) -> None:
         if self._watch is not None:
-            with self._turn(self._rows_fence):
+            with self._turn(self._fence):
                 self._watch.fold()
                 record = self._watch.record.tolist()
             self._take(record)
@@ -453,16 +413,18 @@ class FutureMap:
     def _take(self, record: list[int]) -> None:
         """Raise a failure and forget it, here and where publish had put it."""
         if self._watch is not None and record[0] < 0:
-            with self._turn(self._lens_fence), self._turn(self._rows_fence):
-                self._published[-4:].zero_()
+            with self._turn(self._seq_lens.fence), self._turn(self._fence):
+                self._seq_lens.note.zero_()
                 self._watch.take(record)
 
     def _release(self) -> None:
         self._closed = True
-        for fence in (self._rows_fence, self._lens_fence):
-            fence.begin_write(self._home)  # where the memory goes back to
-        self._outputs, self._watch = [], None
-        del self._rows, self._seq_lens, self._published, self._staging
+        # The memory goes back to the stream that it came from. Others may read payloads still.
+        for stream in self._fence.streams() | self._seq_lens.fence.streams():
+            if stream != self._home:
+                self._backend.wait_stream(self._home, stream)
+        self._watch = None
+        del self._rows, self._pool, self._outputs, self._seq_lens
 
     # --- Checks ---
 
@@ -477,60 +439,7 @@ class FutureMap:
             )
             raise CaptureError(message)
 
-    def _check_indices(self, where: str, indices: Tensor, *, unique: bool) -> int:
-        """Return the batch size."""
+    def _check_batch(self, where: str, indices: Tensor) -> int:
         if self._closed or self._backend.is_capturing():
             self._check_usable(where)
-        if (
-            not isinstance(indices, torch.Tensor)
-            or indices.dim() != 1
-            or (indices.dtype is not torch.int64 and indices.dtype is not torch.int32)
-            or indices.device != self.device
-        ):
-            check_tensor(where, "indices", indices, _INDEX_DTYPES, [("bs", None)], self.device)
-        count = indices.numel()
-        if count > self._limit:
-            expected = f"at most {self._limit}, the spec's longest batch"
-            fix = "Split the batch, or make the map with a larger max_batch_size"
-            raise ArgumentValueError(describe(where, "len(indices)", count, expected, fix))
-        if unique and _is_on_host(indices) and count:
-            self._check_range(where, indices)
-            rows = [row for row in indices.tolist() if row]
-            if len(set(rows)) != len(rows):
-                row = next(row for row in rows if rows.count(row) > 1)
-                expected, fix = "each row once (the padding row 0 aside)", "Drop the repeats"
-                raise ArgumentValueError(describe(where, "indices", row, expected, fix))
-        return count
-
-    def _check_range(self, where: str, indices: Tensor) -> None:
-        rows = indices.tolist() if may_read(indices) else []
-        for place, row in enumerate(rows):
-            if not 0 <= row < self.spec.pool_size:
-                expected = f"a row of the pool, in [0, {self.spec.pool_size})"
-                what, fix = f"indices[{place}]", "Pass rows of the request pool"
-                raise ArgumentValueError(describe(where, what, row, expected, fix))
-
-    def _check_held(self, where: str, name: str) -> Field:
-        if name not in self._fields:
-            expected = f"one of {', '.join(sorted(self._fields))}, which the spec has"
-            fix = "Make the map with a RelaySpec that sizes it"
-            raise ArgumentValueError(describe(where, "value", name, expected, fix))
-        return self._fields[name]
-
-    def _check_payload(self, where: str, payload: RelayPayload, count: int) -> None:
-        check_instance(where, "payload", payload, RelayPayload, "RelayPayload(next_token=...)")
-        for name in RelayPayload.__slots__:
-            value = getattr(payload, name)
-            if value is None:
-                if name in self._fields:
-                    expected = "a tensor, for the spec has it"
-                    fix = "Pass it with each stash, or leave it out of the spec"
-                    raise ArgumentTypeError(describe(where, name, None, expected, fix))
-                continue
-            field = self._check_held(where, name)
-            sizes = [("bs", count), *((name, size) for size in field.shape)]
-            check_tensor(where, name, value, (field.dtype,), sizes, self.device)
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+        return check_batch(where, indices, self.spec, self.device)

@@ -274,7 +274,7 @@ class PlanStream:
             message = (
                 f"PlanStream.join: backend `{self._backend.info.name}` wants `{name}` recomputed "
                 f"after the join, and there is no function for it; expected one. Decorate it with "
-                f"hwcore.overlap.plan_stream.recomputes({name!r}), or pass PlanStream(recompute=)."
+                f"hwcore.overlap.recomputes({name!r}), or pass PlanStream(recompute=...)."
             )
             raise CapabilityError(message)
         return function

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,20 +26,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Batch",
     "Field",
-    "Output",
     "RelayPayload",
     "RelaySpec",
     "Rows",
     "as_bits",
     "fields_of",
+    "view_of",
 ]
 
 _WORD = 8  # bytes: rows are copied as int64
 _ALIGNMENT = 16  # bytes: what vectorised loads want
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_use_count = torch._C._storage_Use_Count  # torch's own graph trees decide by it what is alive
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -189,71 +186,14 @@ class Rows:
 
     def __init__(self, words: Tensor, fields: list[Field]) -> None:
         self.words = words
-        self.views = {field.name: _view(words, field) for field in fields}
+        self.views = {field.name: view_of(words, field) for field in fields}
         self.bits = {name: as_bits(view) for name, view in self.views.items()}
 
     def state(self) -> Tensor:
         """Return what empties a row when it is filled with -1, int32 ``[count, 3]``."""
         guard = self.views["guard"]
         start = int(guard.storage_offset() - self.words.storage_offset()) * _WORD
-        return _view(self.words, Field("guard and token", torch.int32, (4,), start))[:, 1:]
-
-
-class Batch:
-    """The first rows of an output, as ``resolve`` fills them and hands them out.
-
-    Attributes
-    ----------
-    words : Tensor, int64, [bs, words]
-    guards : Tensor or None
-        Under debugging, int64, [bs].
-    payload : RelayPayload
-    """
-
-    def __init__(self, words: Tensor, fields: list[Field]) -> None:
-        self.words = words
-        views = {field.name: _view(words, field) for field in fields}
-        self.guards = views.pop("guard", words[:, 0])
-        self.payload = RelayPayload(**views)
-        self._shown = (self.payload, *views.values())
-
-    def uses(self) -> int:
-        """Return how many references there are to what is handed out, these included."""
-        return sum(map(sys.getrefcount, self._shown))
-
-
-class Output:
-    """One of the pieces of memory that ``resolve`` writes to in turn.
-
-    Its batches are kept: making views costs more than the gather. So whether a caller still has
-    one is a matter of reference counts: those of the objects handed out, and that of the storage,
-    which further views of them share.
-    """
-
-    def __init__(self, words: Tensor, fields: list[Field]) -> None:
-        self.words = words
-        self._fields = fields
-        self._storage = words.untyped_storage()._cdata
-        self._batches: dict[int, Batch] = {}
-        self._handed_out: Batch | None = None
-        self._uses = self._storage_uses = 0  # while nobody else has one
-
-    def is_held(self) -> bool:
-        """Say whether somebody still holds what was handed out last, or a view of it."""
-        batch = self._handed_out
-        return batch is not None and (
-            batch.uses() > self._uses or _use_count(self._storage) > self._storage_uses
-        )
-
-    def batch(self, count: int) -> Batch:
-        """Return the first rows, to be handed out. Nobody may hold any."""
-        batch = self._batches.get(count)
-        if batch is None:
-            batch = self._batches[count] = Batch(self.words[:count], self._fields)
-            self._storage_uses = _use_count(self._storage)
-        if batch is not self._handed_out:
-            self._handed_out, self._uses = batch, batch.uses()
-        return batch
+        return view_of(self.words, Field("guard and token", torch.int32, (4,), start))[:, 1:]
 
 
 def as_bits(tensor: Tensor) -> Tensor:
@@ -261,7 +201,8 @@ def as_bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.dtype.itemsize])
 
 
-def _view(words: Tensor, field: Field) -> Tensor:
+def view_of(words: Tensor, field: Field) -> Tensor:
+    """Return a field of rows, ``[count, *shape]``."""
     start = field.offset // field.dtype.itemsize
     flat = words.view(field.dtype)[:, start : start + math.prod(field.shape)]
     return flat.view(flat.shape[0], *field.shape) if field.shape else flat[:, 0]

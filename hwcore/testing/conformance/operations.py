@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hwcore.kernels import assert_and_invalidate, gather_rows
 from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
 
 if TYPE_CHECKING:
@@ -94,12 +95,32 @@ def _commit_inputs(generator: torch.Generator, bs: int) -> _Inputs:
     return (tree, verify_greedy(tree, target), seq_lens, slots), {}
 
 
+_POOL, _WORDS = 9, 6
+
+
+def _gather_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    words = torch.iinfo(torch.int64).max  # any bits
+    rows = torch.randint(-words, words, (_POOL, _WORDS), generator=generator)
+    dtype = (torch.int64, torch.int32)[int(torch.randint(0, 2, (), generator=generator))]
+    indices = torch.randint(0, _POOL, (bs,), generator=generator).to(dtype)
+    return (rows, indices, torch.zeros(bs, _WORDS, dtype=torch.int64)), {}
+
+
+def _invalidate_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    guards = torch.randint(-4, 40, (bs,), generator=generator)
+    state = torch.randint(0, 40, (_POOL, 3), generator=generator, dtype=torch.int32)
+    indices = torch.randint(0, _POOL, (bs,), generator=generator)
+    return (guards, state, indices, torch.zeros((), dtype=torch.int64)), {}
+
+
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation("build_tree", build_tree, _tree_inputs),
         Operation("verify_greedy", verify_greedy, _verify_inputs),
         Operation("commit", commit, _commit_inputs),
+        Operation("gather_rows", gather_rows, _gather_inputs),
+        Operation("assert_and_invalidate", assert_and_invalidate, _invalidate_inputs),
     )
 }
 """Every operation that has a reference, by the name that ``kernels()`` uses for it."""

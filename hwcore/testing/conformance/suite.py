@@ -18,6 +18,7 @@ from hwcore.testing.conformance.groups.identity import Identity
 from hwcore.testing.conformance.groups.kernels import Kernels
 from hwcore.testing.conformance.groups.memory import Memory
 from hwcore.testing.conformance.groups.ordering import Ordering
+from hwcore.testing.conformance.groups.overlap import Overlap
 from hwcore.testing.conformance.groups.processes import Processes
 from hwcore.testing.conformance.groups.random_numbers import RandomNumbers
 from hwcore.testing.conformance.groups.streams import Streams
@@ -46,6 +47,7 @@ GROUPS = (
     Distributed,
     Processes,
     Kernels,
+    Overlap,
 )
 """Every group, in the order of reports. A new one is a module of ``groups/`` and a line here."""
 

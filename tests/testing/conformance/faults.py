@@ -16,6 +16,7 @@ import torch
 import hwcore
 from hwcore.graphs.tape import Tape
 from hwcore.graphs.tape import is_capturing as tape_is_capturing
+from hwcore.kernels import gather_rows
 from hwcore.speculative import verify_greedy
 from hwcore.types import (
     Availability,
@@ -787,6 +788,24 @@ class KernelAnswersOnTheHost(SimPlugin):
 @fault("kernels")
 class KernelOfAnUnknownName(SimPlugin):
     kernels = with_kernel("verify_gredy", verify_greedy)
+
+
+def gathers_the_row_before(rows, indices, out):
+    return gather_rows(rows, (indices - 1).clamp(min=0), out)
+
+
+def forgets_to_invalidate(guards, state, indices, outcome):
+    return torch.amin(guards, 0, out=outcome), state
+
+
+@fault("kernels")
+class GatherOfTheWrongRow(SimPlugin):
+    kernels = with_kernel("gather_rows", gathers_the_row_before)
+
+
+@fault("kernels")
+class KernelThatLeavesRowsFull(SimPlugin):
+    kernels = with_kernel("assert_and_invalidate", forgets_to_invalidate)
 
 
 @fault("kernels", denied=("sort",))
