@@ -103,7 +103,7 @@ def serve(
     """Serve the prompts plainly and with prompt lookup, in each way, ``rounds`` times.
 
     Before that each request is served alone, on the same bucket; and all together on buckets that
-    fit. The pool holds half of what a full batch may need, so that some lose their memory.
+    fit. The pool holds about half of what a full batch may need: some lose their memory.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ def section(served: Served) -> str:
 ## Many requests at once
 
 {len(served.alone["plain"])} requests, one more every {EVERY} steps, at most {served.bucket} side \
-by side, in a KV pool of {served.num_slots} slots: half of what so many may need. \
+by side, in a KV pool of {served.num_slots} slots: fewer than so many may need. \
 {served.retractions} times, in all runs, one was retracted and prefilled again later. Every step \
 is padded to {served.bucket} requests; *lookup* gives each {WIDTHS["lookup"]} tokens a step, \
 drafted on the device.

@@ -156,9 +156,9 @@ def test_with_overlap_a_step_is_submitted_before_the_tokens_of_the_last_are_here
     assert log == list(zip(kinds, order, strict=True))
 
 
-def test_nothing_races(llama, answers, race_sanitizer, width):  # noqa: F811
+def test_nothing_races(llama, answers, race_sanitizer, width, way):  # noqa: F811
     asked = requests(6)
-    run(llama, asked, num_slots=80, width=width, graphs=True)
+    run(llama, asked, num_slots=80, width=width, **way)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
@@ -170,7 +170,14 @@ def test_what_is_copied_to_the_device_lives_until_it_has_been(sim, llama, answer
 
 
 @pytest.mark.parametrize("policy", ["eager", "random:1", "random:2"])
-def test_the_order_in_which_streams_run_changes_no_token(sim, llama, answers, policy, width):
+def test_the_order_in_which_streams_run_changes_no_token_and_shows_no_race(
+    sim,
+    llama,
+    answers,
+    race_sanitizer,  # noqa: F811
+    policy,
+    width,
+):
     asked = requests(6)
     with sim.drain_policy(policy):
         run(llama, asked, num_slots=80, width=width)
