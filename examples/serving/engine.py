@@ -28,6 +28,7 @@ class Timing:
     Attributes
     ----------
     steps : int
+        That were submitted.
     total_s : float
     gap_s : float
         Host time between the submissions of two steps, without the wait for tokens: what a device
@@ -94,6 +95,7 @@ class Engine:
         self.worker = Worker(llama, self.pool, sorted(buckets), width, chunk, overlap, graphs)
         self._hw = hwcore.current_backend()
         self._in_flight: Step | None = None
+        self._now = 0  # in steps, those without a batch included: the clock of arrivals
         self._submitted_s = 0.0  # end of the last submission, put off by what was waited since
 
     def run(self, requests: Sequence[Request]) -> None:
@@ -113,8 +115,8 @@ class Engine:
 
         Host sync: where :meth:`_collect` says so, and nowhere else.
         """
-        batch = self.scheduler.schedule(self.timing.steps)
-        self.timing.steps += 1
+        batch = self.scheduler.schedule(self._now)
+        self._now += 1
         self.worker.forget(self.scheduler.vacated())
         step = None
         if batch is not None:
@@ -122,6 +124,7 @@ class Engine:
             began = time.perf_counter()
             self.timing.gap_s += began - self._submitted_s if self._submitted_s else 0.0
             step = self.worker.submit(batch, prepared)
+            self.timing.steps += 1
             self._submitted_s = time.perf_counter()
         if self.overlap:
             step, self._in_flight = self._in_flight, step
