@@ -70,16 +70,19 @@ PROMPTS = (
 )
 
 SERVED = (
-    Prompt("ferry", "Repeat three times: The ferry leaves at nine and comes back at six."),
+    Prompt("mill", f"Repeat this text word for word.\n\n{_MILL.partition(' For a ')[0]}"),
     Prompt("capital", "What is the capital of France? Answer in one sentence."),
-    Prompt("colours", "Write the words red, green, blue four times, with commas between them."),
+    Prompt("harbour", f"Fix the typos in this text.\n\n{_HARBOUR.partition(', one ')[0]}."),
+    Prompt("haiku", "Write a haiku about the sea."),
+    Prompt("people", f"Copy this text.\n\n{_PEOPLE.partition(' Luis ')[0]}"),
     Prompt("moon", "Why does the moon have phases?"),
     Prompt("spell", "Correct the spelling: The visters came to the musuem on a rainy Tusday."),
-    Prompt("haiku", "Write a haiku about the sea."),
-    Prompt("count", "Count from 1 to 20, with commas between the numbers."),
     Prompt("bread", "How do I bake a simple bread? Give short steps."),
+    Prompt(
+        "code",
+        f"Rewrite this code with x replaced by value.\n\n{_CODE.partition('    if count')[0]}",
+    ),
     Prompt("list", "Copy this list and number it: apples, pears, plums, cherries, grapes."),
-    Prompt("bicycle", "Explain in two sentences how a bicycle stays upright."),
 )
 """What comes in one after the other: short, so that many run side by side."""
 

@@ -69,7 +69,7 @@ there a token may differ where the two largest logits are within {TOLERANCE}. Su
 
 With overlap, lookup gives {ratio:.2f} times the tokens a second of plain decoding. A full batch \
 leaves a CPU no arithmetic to spare, so that drafts pay only where most of them come true; a \
-device's decode step waits for memory, and has it to spare.
+device's decode step as a rule waits for memory, and has it to spare.
 
 *off*: the host looks at a step's tokens before it schedules the next; *overlap*: afterwards. \
 *host gap*: host time between the submissions of two steps, without the wait for tokens: they are \
