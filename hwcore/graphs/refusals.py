@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, describe
+from hwcore.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    CaptureError,
+    HwcoreError,
+    describe,
+)
 from hwcore.graphs.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -30,10 +36,12 @@ def as_tuple(method: str, seq_lens: object) -> tuple[int, ...]:
     return tuple(seq_lens)
 
 
-def misuse(method: str, got: str, expected: str, fix: str) -> NoReturn:
+def misuse(
+    method: str, got: str, expected: str, fix: str, kind: type[HwcoreError] = CaptureError
+) -> NoReturn:
     """Refuse a call that the runner is in no state for."""
     message = f"GraphRunner.{method}: the call got {got}; expected {expected}. {fix}."
-    raise CaptureError(message)
+    raise kind(message)
 
 
 def refuse_batch(method: str, verdict: Verdict) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hwcore
-from hwcore.errors import ArgumentTypeError, describe
+from hwcore.errors import ArgumentTypeError, ClosedError, describe
 from hwcore.graphs.buffers import GraphBuffers
 from hwcore.graphs.graph_set import GraphSet
 from hwcore.graphs.host_inputs import HostInputs
@@ -66,8 +66,8 @@ class GraphRunner:
     **Outputs** are views of the graphs' memory without the padded rows. They hold until the next
     replay of *any* bucket: where graphs share a pool, one's outputs may lie where another computes.
     Clone what must live longer, and return no more than is used: the outputs of all buckets stay
-    allocated. A consumer on another stream waits for the replaying stream, and
-    is itself waited for before the next replay; the race sanitizer sees either wait missing.
+    allocated. A consumer on another stream waits for the replaying stream, and is itself waited for
+    before the next replay; the race sanitizer sees either wait missing.
 
     **Padding.** The requests behind the real ones hold each slot's ``fill`` and never what an
     earlier batch left; what the function computes for them is not returned. A function may write
@@ -94,7 +94,8 @@ class GraphRunner:
         with the quirk ``capture_stream_limit``.
     static : Mapping of str to Tensor, Module, or nested list or dict of those
         What the function uses beside its inputs, weights and pools for two: each replay makes sure
-        that it has not moved. See :class:`hwcore.graphs.addresses.Addresses`.
+        that it has not moved, at some 0.1 µs a tensor. Where weights move together or not at all,
+        those of one layer are enough. See :class:`hwcore.graphs.addresses.Addresses`.
     pad_seq_len : int
         The host's length of a padded request; as the ``fill`` of the slot that holds lengths.
     progress : bool, optional
@@ -210,8 +211,9 @@ class GraphRunner:
         ------
         ArgumentValueError
             If ``batch_size`` is no int ≥ 0, or ``tokens_per_request`` none ≥ 1.
+        ClosedError
         CaptureError
-            If the runner was closed.
+            Within a capture.
         """
         at_least("GraphRunner.can_run", 0, batch_size=batch_size)
         at_least("GraphRunner.can_run", 1, tokens_per_request=tokens_per_request)
@@ -260,8 +262,9 @@ class GraphRunner:
         ------
         ArgumentTypeError, ArgumentValueError
             If no bucket takes the batch; if inputs have drifted, or alias the static buffers.
+        ClosedError
         CaptureError
-            If nothing was captured, the runner was closed, or within a capture.
+            If nothing was captured, or within a capture.
         """
         with self._lock:
             if self._closed or self._capturing or self._hw.is_capturing():
@@ -316,8 +319,9 @@ class GraphRunner:
         ArgumentTypeError, ArgumentValueError
             If ``prepared`` is not the latest batch or was replayed; if ``recomputed`` lacks what
             was not given to ``prepare``, or what this backend does not trust after a plan stream.
+        ClosedError
         CaptureError
-            If the runner was closed, or within a capture.
+            Within a capture.
         """
         with self._lock:
             if self._closed or self._capturing or self._hw.is_capturing():
@@ -437,7 +441,7 @@ class GraphRunner:
     def _refuse_state(self, method: str) -> None:
         """Raise if the runner is closed, or something is being captured."""
         if self._closed:
-            misuse(method, "a closed runner", "an open one", "Make a new GraphRunner")
+            misuse(method, "a closed runner", "an open one", "Make a new GraphRunner", ClosedError)
         if self._capturing or self._hw.is_capturing():
             fix = "Call it before or after the capture"
             misuse(method, "a call within a capture", "one outside", fix)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hwcore
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, ClosedError
 from hwcore.graphs import BATCH, GraphRunner, Slot
 from hwcore.types import PlanStreamPolicy, ReplayBatch
 
@@ -380,9 +380,9 @@ def test_a_closed_runner_says_so_whatever_is_called(hw):
         ("replay", (prepared,)),
     ]
     for method, arguments in calls:
-        with pytest.raises(CaptureError, match=rf"^GraphRunner.{method}: .*a closed runner"):
+        with pytest.raises(ClosedError, match=rf"^GraphRunner.{method}: .*a closed runner"):
             getattr(runner, method)(*arguments)
-    with pytest.raises(CaptureError, match="a closed runner"):
+    with pytest.raises(ClosedError, match="a closed runner"):
         runner.run({"x": x}, lens(3), or_eager=True)
     assert "closed" in repr(runner)
 
@@ -390,7 +390,7 @@ def test_a_closed_runner_says_so_whatever_is_called(hw):
 def test_leaving_the_block_closes_the_runner_after_an_error_too(hw):
     with pytest.raises(_DeviceError), simple(hw) as runner:
         raise _DeviceError
-    with pytest.raises(CaptureError, match="a closed runner"):
+    with pytest.raises(ClosedError, match="a closed runner"):
         runner.can_run(1)
 
 

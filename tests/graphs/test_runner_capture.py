@@ -14,6 +14,7 @@ import torch
 import hwcore
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, StaleGraphError
 from hwcore.graphs import BATCH, GraphRunner, Slot, budget
+from hwcore.graphs.addresses import Addresses
 
 from ._steps import BUCKETS, SLOTS, Step, inputs, lens, runner_of, simple
 
@@ -100,8 +101,12 @@ def test_warm_ups_and_capture_see_nothing_but_padding(hw):
             seen.append(x.clone())
         return x * 2
 
-    with runner_of(hw, fn, X, [(2, 1), (4, 1)], warm_ups=1):
-        assert [t.tolist() for t in seen] == [[100.0] * 4, [100.0] * 2]
+    with runner_of(hw, fn, X, [(2, 1), (4, 1)], warm_ups=1) as runner:
+        for _ in range(2):
+            assert [t.tolist() for t in seen] == [[100.0] * 4, [100.0] * 2]
+            seen.clear()
+            runner.run({"x": torch.ones(4, device=hw.device())}, lens(4))
+            runner.recapture()
 
 
 def test_what_warm_ups_write_into_inputs_is_no_padding_of_the_first_batch(hw):
@@ -438,6 +443,19 @@ def test_a_tensor_that_moves_while_capturing_is_an_error_of_the_capture(hw, mode
     with pytest.raises(StaleGraphError, match=r"GraphRunner.capture: .*`model.scale`"):
         runner.capture()
     assert not runner.can_run(1)
+
+
+def test_what_was_added_is_looked_at_closely_once(hw, kv, monkeypatch):
+    closely = []
+    look = Addresses._which
+    monkeypatch.setattr(Addresses, "_which", lambda self: closely.append(1) or look(self))
+    addresses = Addresses({"kv": kv})
+    assert addresses.moved() is None
+    assert closely == []
+    kv["layers"].append(torch.zeros(1))
+    for _ in range(3):
+        assert addresses.moved() is None
+    assert closely == [1]
 
 
 def test_tied_weights_and_cycles_are_looked_at_once(hw, model):

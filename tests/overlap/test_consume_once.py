@@ -69,7 +69,7 @@ def test_a_second_write_is_told(relay, rows):
 def test_a_read_after_a_discard_is_told(relay, rows):
     stash(relay, rows, 3)
     relay.discard(rows(3))
-    relay.resolve(rows(3))
+    assert relay.resolve(rows(3)).next_token.tolist() == [-1]
     assert facts(raised(relay)) == (3, "read before it was written", 1)
 
 
@@ -116,6 +116,13 @@ def test_the_first_failure_is_the_one_that_is_told(relay, rows):
     stash(relay, rows, 5)
     stash(relay, rows, 5)  # written twice
     assert facts(raised(relay)) == (3, "read twice", 2)
+
+
+def test_a_failure_is_kept_though_nobody_publishes_before_the_next_read(relay, rows):
+    stash(relay, rows, 3, 5)
+    relay.resolve(rows(6, 3))  # 1
+    relay.resolve(rows(5))  # 2
+    assert facts(raised(relay)) == (6, "read before it was written", 1)
 
 
 def test_failures_of_reads_and_writes_have_their_own_iterations(relay, rows):
