@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,7 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
     not.
     """
     console = Console(highlight=False)
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")  # what hwcore has to say: as well
     chosen, rounds, tokens = (PROMPTS[:1], 1, 48) if short else (PROMPTS, rounds, tokens)
     asked, answer, bucket = (SERVED[:4], 12, 3) if short else (SERVED, 24, 8)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -11,7 +11,7 @@ from hwcore.speculative import TreeMaskMode, build_tree
 #        1       2       5 is padding
 #      3   4
 PARENTS = [-1, 0, 0, 1, 1, -1]
-PATHS = [[0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4]]
+PATHS = [[0, 2], [0, 1, 3], [0, 1, 4]]
 
 
 TOLERANCE = 1e-4
@@ -79,7 +79,7 @@ def check_all_kinds_of_step(llama, network, texts):
         for i, text in enumerate(texts):
             for path in PATHS:
                 theirs = reference(network, text + [nodes[i][node] for node in path])
-                close(logits[i, path[-1]], theirs[-1])
+                close(logits[i, path], theirs[len(text) :])
 
 
 def test_small_weights_give_transformers_logits(llama, network):
