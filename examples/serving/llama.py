@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+
+class _Where(NamedTuple):
+    """What all layers of a forward have in common: where its tokens are, and what they see."""
+
+    cos: Tensor  # [bs, q, 1, width / 2], by position
+    sin: Tensor
+    write: Tensor  # [bs, q]: slots of the new entries
+    slots: Tensor  # [bs, context]: slots of all entries
+    bias: Tensor  # [bs, 1, heads a key head * q, context]: 0, or -inf where nothing is seen
 
 
 class Llama:
@@ -124,13 +134,13 @@ class Llama:
         cos = self._cos.index_select(0, positions).view(bs, q, 1, -1)
         sin = self._sin.index_select(0, positions).view(bs, q, 1, -1)
         bias = self._bias(lens, slots.shape[1], q, tree_mask)
+        where = _Where(cos, sin, write, slots, bias)
 
         x = functional.embedding(tokens, self._embedding)  # [bs, q, hidden]
         for block, entry in zip(self._blocks, kv, strict=True):
-            x = x + self._attention(block, entry, x, cos, sin, write, slots, bias)
-            gate, up = functional.linear(self._rms(x, block["mlp_norm"]), block["gate_up"]).chunk(
-                2, dim=-1
-            )
+            x = x + self._attention(block, entry, x, where)
+            inner = functional.linear(self._rms(x, block["mlp_norm"]), block["gate_up"])
+            gate, up = inner.chunk(2, dim=-1)
             x = x + functional.linear(functional.silu(gate) * up, block["down"])
         if last and counts is not None:
             x = x.gather(1, (counts - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2]))
@@ -139,29 +149,21 @@ class Llama:
         return functional.linear(self._rms(x, self._norm), self._head)
 
     def _attention(
-        self,
-        block: dict[str, Tensor],
-        entry: Tensor,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        write: Tensor,
-        slots: Tensor,
-        bias: Tensor,
+        self, block: dict[str, Tensor], entry: Tensor, x: Tensor, where: _Where
     ) -> Tensor:
-        (bs, q), context, group = write.shape, slots.shape[1], self.heads // self.kv_heads
+        (bs, context), q, group = where.slots.shape, x.shape[1], self.heads // self.kv_heads
         qkv = functional.linear(self._rms(x, block["norm"]), block["qkv"])
         qkv = qkv.view(bs, q, self.heads + 2 * self.kv_heads, self.width)
-        turned = _rotate(qkv[:, :, : -self.kv_heads], cos, sin)
+        turned = _rotate(qkv[:, :, : -self.kv_heads], where.cos, where.sin)
         query, key = turned[:, :, : self.heads], turned[:, :, self.heads :]
         new = torch.stack((key, qkv[:, :, -self.kv_heads :]), dim=2)  # [bs, q, 2, kv_heads, width]
-        entry.index_copy_(0, write.view(-1), new.view(bs * q, *new.shape[2:]))
-        held = entry.index_select(0, slots.view(-1)).view(bs, context, *new.shape[2:])
+        entry.index_copy_(0, where.write.view(-1), new.view(bs * q, *new.shape[2:]))
+        held = entry.index_select(0, where.slots.view(-1)).view(bs, context, *new.shape[2:])
         keys, values = held.transpose(1, 3).unbind(2)  # [bs, kv_heads, context, width] each
         # The query heads that share a key head queue up as more queries of it: nothing is repeated.
         query = query.view(bs, q, self.kv_heads, group, self.width).permute(0, 2, 3, 1, 4)
         query = query.reshape(bs, self.kv_heads, group * q, self.width)
-        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias)
+        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=where.bias)
         out = out.view(bs, self.kv_heads, group, q, self.width).permute(0, 3, 1, 2, 4)
         return functional.linear(out.reshape(bs, q, -1), block["out"])
 
@@ -189,4 +191,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _theta(config: Any) -> float:
     parameters = getattr(config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        message = f"Llama: rope_type is `{kind}`; expected `default`. Scale the angles for it here."
+        raise ValueError(message)
     return float(parameters.get("rope_theta") or config.rope_theta)

@@ -1,6 +1,8 @@
 """Many requests at once: the same tokens as each alone, whatever is overlapped or captured."""
 
+import itertools
 import random
+import time
 
 import pytest
 import torch
@@ -129,6 +131,25 @@ def test_the_text_on_the_device_is_the_prompt_and_the_answer(llama, width, way):
     engine = run(llama, [request], buckets=(1,), width=width, **way)
     text = request.prompt + request.tokens
     assert engine.worker._lookup._text[1, : len(text)].tolist() == text
+
+
+def test_the_hosts_gap_is_what_it_does_between_two_steps_without_its_waits(llama, monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    engine = Engine(llama, 200, CONTEXT, buckets=(4,), overlap=False)
+    synchronize = engine._hw.synchronize_event
+
+    class SlowDevice:
+        def synchronize_event(self, event):
+            for _ in range(1000):
+                next(now)
+            synchronize(event)
+
+    engine._hw = SlowDevice()
+    engine.run([Request("r", [1, 2, 3], 5)])
+    assert engine.timing.steps == 5
+    assert engine.timing.total_s > 5000
+    assert engine.timing.gap_s < 100
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -1,5 +1,7 @@
 """Our own forward against transformers': prefill, decode and tree steps, ragged and padded."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -108,6 +110,13 @@ def test_padding_tokens_write_to_slot_0_only(llama):
         llama.forward(kv, tokens, lens, slots, count)
     written = kv.abs().sum((0, 2, 3, 4)).nonzero().flatten().tolist()
     assert written == sorted([0, int(slots[0, 6])])
+
+
+def test_positions_that_are_scaled_are_refused(hw, network):
+    config = copy.deepcopy(network.config)
+    config.rope_parameters["rope_type"] = "llama3"
+    with pytest.raises(ValueError, match=r"rope_type is `llama3`; expected `default`"):
+        Llama(config, network.state_dict(), hw.device(), 64)
 
 
 @pytest.mark.model
