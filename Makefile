@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   decode a real model plainly and speculatively, write demo/report.md"
+	@echo "make demo   decode and serve a real model in every way, write demo/report.md"
 	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
 	@echo "make lint   ruff, mypy --strict, device names"
 	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import hwcore
 from hwcore.cli.measurement import Row
 
 _CONTEXT = 256
@@ -25,6 +26,7 @@ def run(quick: bool = False) -> list[Row]:
     try:
         from examples.serving import sizing
         from examples.serving.compare import compare
+        from examples.serving.llama import Llama
         from examples.serving.model import Model
         from examples.serving.prompts import PROMPTS, as_chat
         from examples.serving.weights import load
@@ -33,11 +35,12 @@ def run(quick: bool = False) -> list[Row]:
         return [Row(what, math.nan, "x", None, False, "needs a checkout and hwcore[demo]")]
 
     tokens, rounds, passes = (48, 1, 3) if quick else (128, 3, 7)
-    network, tokenizer = load(lambda _: None)
+    config, weights, tokenizer = load(lambda _: None)
     names = _TARGETS if quick else [prompt.name for prompt in PROMPTS]
     prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in PROMPTS if p.name in names}
     slots = max(*map(len, prompts.values()), _CONTEXT) + tokens + 2 * max(sizing.SIZES)
-    model = Model(network, slots)
+    device = hwcore.current_backend().device()
+    model = Model(Llama(config, weights, device, slots), slots)
     costs = sizing.measure(model, _CONTEXT, rounds=passes)
     rows = []
     for outcome in compare(model, prompts, tokens, rounds, costs):

@@ -1,6 +1,11 @@
-"""A small serving engine, readable top-down: ``python -m examples.serving``.
+"""A small serving engine, and what it shows on a real model: ``python -m examples.serving``.
 
-Read ``__main__``, then ``decode`` with its ``lookup``, ``sizing`` and ``model``.
+The engine, top-down: ``engine`` (the loop), ``request`` and ``scheduler`` (who runs), ``kv_pool``
+(who owns what), ``worker`` (a step on the device), ``drafting`` (prompt lookup), ``llama`` (the
+forward). ``serve`` runs it in every way and compares.
+
+One text at a time, with trees of the size that pays: ``decode``, then ``lookup``, ``sizing``,
+``step`` and ``model``.
 """
 
 import importlib.util

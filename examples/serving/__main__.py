@@ -1,8 +1,10 @@
-"""The demo: decode six prompts plainly and with tree speculation, compare, and report."""
+"""The demo: one text at a time, plainly and speculatively; then many requests at once; a report."""
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 import hwcore
-from examples.serving import report, sizing
+from examples.serving import report, serve_report, sizing
 from examples.serving.compare import compare, top_two
+from examples.serving.llama import Llama
 from examples.serving.model import Model
-from examples.serving.prompts import PROMPTS, as_chat
+from examples.serving.prompts import PROMPTS, SERVED, as_chat
+from examples.serving.serve import num_runs, serve
 from examples.serving.weights import load
 
 if TYPE_CHECKING:
     from examples.serving.compare import Outcome
+    from examples.serving.serve import Served
 
 _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half an answer
 
@@ -30,43 +35,60 @@ _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half 
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--short", is_flag=True, help="One prompt, 48 tokens, one round.")
+@click.option("--short", is_flag=True, help="One prompt, four requests, few tokens, one round.")
 @click.option(
     "--same-as",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="tokens.json of a run on another backend: the tokens must be those.",
 )
 def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None) -> None:
-    """Decode real prompts plainly and with tree speculation; write a report and the tokens.
+    """Decode real prompts in every way there is; write a report and the tokens.
 
-    Exit status: 0 the tokens are the same both ways, and those of the other backend; 1 they are
+    Exit status: 0 the tokens are the same in all ways, and those of the other backend; 1 they are
     not.
     """
     console = Console(highlight=False)
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")  # what hwcore has to say: as well
     chosen, rounds, tokens = (PROMPTS[:1], 1, 48) if short else (PROMPTS, rounds, tokens)
+    asked, answer, bucket = (SERVED[:4], 12, 3) if short else (SERVED, 24, 8)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)
-        network, tokenizer = load(lambda stage: progress.update(task, description=stage))
-        prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in chosen}
+        config, weights, tokenizer = load(lambda stage: progress.update(task, description=stage))
+        prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in (*chosen, *asked)}
         longest = max(map(len, prompts.values())) + tokens
         # A step may overshoot by a tree; costs are measured on the same cache.
-        model = Model(network, max(longest, _CONTEXT) + 2 * max(sizing.SIZES))
+        slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES)
+        llama = Llama(config, weights, hwcore.current_backend().device(), slots)
+        model = Model(llama, slots)
         progress.update(task, description="Weights loaded", total=1, completed=1)
 
         passes = 3 if short else 7
         task = progress.add_task("Measuring what a tree costs", total=passes + 1)
         costs = sizing.measure(model, _CONTEXT, rounds=passes, tick=lambda: progress.advance(task))
 
-        task = progress.add_task("Decoding, both ways", total=rounds * len(prompts))
-        outcomes = compare(
-            model, prompts, tokens, rounds, costs, tick=lambda: progress.advance(task)
-        )
-        path = report.write(out, outcomes, costs, tokenizer.eos_token_id)
+        task = progress.add_task("Decoding, both ways", total=rounds * len(chosen))
+        texts = {prompt.name: prompts[prompt.name] for prompt in chosen}
+        outcomes = compare(model, texts, tokens, rounds, costs, tick=lambda: progress.advance(task))
 
-    answer = tokenizer.decode(outcomes[0].speculative[-1].tokens, skip_special_tokens=True)
-    console.print(Panel(Text(answer), title=f"{outcomes[0].name}: the answer"))
+        task = progress.add_task("Serving many at once", total=num_runs(len(asked), rounds))
+        requests = {prompt.name: prompts[prompt.name] for prompt in asked}
+        served = serve(
+            model,
+            requests,
+            answer,
+            end=tokenizer.eos_token_id,
+            bucket=bucket,
+            rounds=rounds,
+            tick=lambda: progress.advance(task),
+        )
+        more = serve_report.section(served)
+        path = report.write(out, outcomes, costs, tokenizer.eos_token_id, more)
+
+    text = tokenizer.decode(outcomes[0].speculative[-1].tokens, skip_special_tokens=True)
+    console.print(Panel(Text(text), title=f"{outcomes[0].name}: the answer"))
     console.print(_summary(outcomes))
+    console.print(_served(served))
     console.print(f"Report: {path}")
     wrong = [outcome for outcome in outcomes if outcome.first_difference() is not None]
     for outcome in wrong:
@@ -75,12 +97,13 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
         shown = ", ".join(f"{tokenizer.decode([token])!r} {logit:.6f}" for token, logit in best)
         console.print(f"[bold red]{outcome.name}: tokens differ at {place}[/]; logits: {shown}")
     decoded = {outcome.name: outcome.plain[0].tokens for outcome in outcomes}
+    decoded |= served.alone["plain"]
     (out / "tokens.json").write_text(json.dumps(decoded))
     elsewhere = decoded if same_as is None else json.loads(same_as.read_text())
     if same_as is not None:
         verdict = "the same tokens as" if decoded == elsewhere else "[bold red]OTHER TOKENS than[/]"
         console.print(f"{hwcore.current_backend().info.name}: {verdict} {same_as}")
-    raise SystemExit(1 if wrong or decoded != elsewhere else 0)
+    raise SystemExit(1 if wrong or not served.sound or decoded != elsewhere else 0)
 
 
 def _summary(outcomes: list[Outcome]) -> Table:
@@ -92,6 +115,17 @@ def _summary(outcomes: list[Outcome]) -> Table:
         table.add_row(
             o.name, f"{o.accept_length:.2f}", *speeds, f"[{style}]{o.ratio:.2f}x[/]", same
         )
+    return table
+
+
+def _served(served: Served) -> Table:
+    same = "those of each alone" if served.sound else "[bold red]DIFFERENT[/]"
+    title = f"{len(served.alone['plain'])} requests over time; tokens: {same}"
+    shown = ["steps", "steps/s", "tokens/s", "host gap, µs a step"]
+    table = Table("decoding", "overlap", *shown, title=title)
+    for row in serve_report.rows(served):
+        cells = dict(zip(serve_report.COLUMNS, row[2:], strict=True))
+        table.add_row(*row[:2], *(cells[name] for name in shown))
     return table
 
 

@@ -98,8 +98,8 @@ def top_two(model: Model, prompt: Sequence[int], tokens: Sequence[int]) -> list[
 
     All in one forward: the logits may differ a little from those that decoding met.
     """
-    model.cache.length = 0
+    model.length = 0
     with torch.inference_mode():
         text = torch.tensor([[*prompt, *tokens]], device=model.device)
-        best = model.forward(text, last=1)[0, -1].topk(2)
+        best = model.forward(text, last=True)[0, -1].topk(2)
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -67,7 +67,7 @@ def decode(
         Seconds of a step by tree size (see :mod:`examples.serving.sizing`): decode with
         speculation. Default: plainly.
     """
-    model.cache.length = 0
+    model.length = 0
     with torch.inference_mode():
         start = time.perf_counter()
         tokens = [plain_step(model, prompt)]

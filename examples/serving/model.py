@@ -1,115 +1,53 @@
-"""A causal language model on the selected backend, with a KV cache whose slots can be moved."""
+"""One text on the selected backend: a Llama, and KV slots that follow one another."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-import hwcore
-
 if TYPE_CHECKING:
-    import transformers
+    from examples.serving.llama import Llama
 
-
-def device() -> torch.device:
-    """Return the selected backend's device."""
-    return hwcore.current_backend().device()
-
-
-class SlotCache:
-    """Keys and values of one sequence, in memory allocated once; new entries follow the kept ones.
-
-    To the network it is a transformers cache: it has the methods that attention layers and mask
-    building call.
-    """
-
-    is_compileable = False
-
-    def __init__(self, config: Any, capacity: int, where: torch.device) -> None:
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        # [layer, keys or values, 1, heads, slots, width]: one move serves all layers
-        self._entries = torch.zeros(layers, 2, 1, heads, capacity, width, device=where)
-        self.length = 0
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append one layer's entries ``[1, heads, n, width]``; return all that it has."""
-        end = self.length + keys.shape[2]
-        own_keys, own_values = self._entries[layer_idx]
-        own_keys[:, :, self.length : end] = keys
-        own_values[:, :, self.length : end] = values
-        return own_keys[:, :, :end], own_values[:, :, :end]
-
-    def move(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copy slots ``src [n]`` to ``dst [n]`` in every layer."""
-        self._entries.index_copy_(4, dst, self._entries.index_select(4, src))
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many tokens are kept."""
-        return self.length
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the place of the next token."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return how many keys a query of this length meets, and their offset."""
-        return self.length + query_length, 0
+_BLOCK = 64  # the forward looks at whole blocks of entries: few shapes, little waste
 
 
 class Model:
-    """A network and the KV cache of one sequence.
+    """A Llama and the KV cache of a single text.
 
     Parameters
     ----------
-    network : transformers.PreTrainedModel
-        Moved to the selected backend's device.
+    llama : Llama
     capacity : int
-        Slots in the KV cache: prompt, answer and the widest tree.
+        Entries in the KV cache: prompt, answer and the widest tree.
     """
 
-    def __init__(self, network: transformers.PreTrainedModel, capacity: int) -> None:
-        self.device = device()
-        # Through Any: transformers' decorators hide the types of these calls.
-        moving: Any = network
-        self._network: Any = moving.to(self.device).eval()
-        self.cache = SlotCache(network.config, capacity, self.device)
+    def __init__(self, llama: Llama, capacity: int) -> None:
+        self.llama, self.device = llama, llama.device
+        capacity = -(-capacity // _BLOCK) * _BLOCK
+        self._kv = llama.new_kv(1 + capacity)  # slot 0 is for padding
+        self.slots = torch.arange(1, 1 + capacity, device=self.device).unsqueeze(0)  # [1, capacity]
+        self.length = 0
 
     def forward(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        last: int = 0,
+        tree_mask: torch.Tensor | None = None,
+        last: bool = False,
     ) -> torch.Tensor:
-        """Append tokens to the cache and return their logits.
+        """Append tokens ``[1, n]`` to the cache and return their logits ``[1, n, vocab]``.
 
-        Parameters
-        ----------
-        tokens : Tensor, int64, [1, n]
-        positions : Tensor, int64, [1, n], optional
-            Default: the tokens follow one another.
-        mask : Tensor, bool, [1, 1, n, length + n], optional
-            What each token attends to. Default: all before it.
-        last : int
-            Return the logits of this many tokens only; 0: of all.
-
-        Returns
-        -------
-        logits : Tensor, [1, n, vocab]
+        As :meth:`examples.serving.llama.Llama.forward`; the caller says with ``length`` how many
+        of the entries are kept.
         """
-        logits: torch.Tensor = self._network(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=last,
-        ).logits
-        self.cache.length += tokens.shape[1]
-        return logits
+        lens = torch.tensor([self.length], device=self.device)
+        self.length += tokens.shape[1]
+        slots = self.slots[:, : -(-self.length // _BLOCK) * _BLOCK]
+        return self.llama.forward(
+            self._kv, tokens, lens, slots, positions=positions, tree_mask=tree_mask, last=last
+        )
+
+    def move(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Copy slots ``src [n]`` to ``dst [n]`` in every layer."""
+        self._kv.index_copy_(1, dst, self._kv.index_select(1, src))

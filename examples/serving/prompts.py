@@ -69,6 +69,23 @@ PROMPTS = (
     Prompt("question", "Why is the sky blue, and why is it red in the evening? Explain."),
 )
 
+SERVED = (
+    Prompt("mill", f"Repeat this text word for word.\n\n{_MILL.partition(' For a ')[0]}"),
+    Prompt("capital", "What is the capital of France? Answer in one sentence."),
+    Prompt("harbour", f"Fix the typos in this text.\n\n{_HARBOUR.partition(', one ')[0]}."),
+    Prompt("haiku", "Write a haiku about the sea."),
+    Prompt("people", f"Copy this text.\n\n{_PEOPLE.partition(' Luis ')[0]}"),
+    Prompt("moon", "Why does the moon have phases?"),
+    Prompt("spell", "Correct the spelling: The visters came to the musuem on a rainy Tusday."),
+    Prompt("bread", "How do I bake a simple bread? Give short steps."),
+    Prompt(
+        "code",
+        f"Rewrite this code with x replaced by value.\n\n{_CODE.partition('    if count')[0]}",
+    ),
+    Prompt("list", "Copy this list and number it: apples, pears, plums, cherries, grapes."),
+)
+"""What comes in one after the other: short, so that many run side by side."""
+
 
 def as_chat(text: str) -> str:
     """Return a user's message, and the opening of the answer, as the model was tuned to read it."""

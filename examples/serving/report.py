@@ -40,8 +40,12 @@ def write(
     outcomes: Sequence[Outcome],
     costs: Mapping[int, float],
     end_of_text: int,
+    more: str = "",
 ) -> Path:
-    """Write ``report.md`` and ``speculation.png`` to ``folder``; return the report's path."""
+    """Write ``report.md`` and ``speculation.png`` to ``folder``; return the report's path.
+
+    ``more`` goes to the report's end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _plot(folder / "speculation.png", outcomes, costs)
     count, rounds = len(outcomes[0].plain[0].tokens), len(outcomes[0].plain)
@@ -84,7 +88,7 @@ A whole step (tree, forward, verify, commit), measured at the start; medians of 
 rounds. A tree pays if it brings more tokens a step than its cost in plain steps.
 
 {_costs(costs)}
-""",
+{more}""",
         encoding="utf-8",
     )
     return report

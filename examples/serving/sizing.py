@@ -39,12 +39,12 @@ def measure(
     turn, so that a disturbance hits them alike; medians count. One round goes ahead unmeasured.
     """
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    model.cache.length = 0
+    model.length = 0
     with torch.inference_mode():
         plain_step(model, [1] * context)
         for measured in range(rounds + 1):
             for size in sizes:
-                model.cache.length = context
+                model.length = context
                 start = time.perf_counter()
                 if size == 1:
                     plain_step(model, [1])

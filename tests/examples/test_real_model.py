@@ -22,6 +22,7 @@ def test_the_short_demo(hw, tmp_path):
     assert run.stderr == "", "the terminal shows the demo's own words only"
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "identical to plain decoding: on all prompts" in report
+    assert "Each answer is that of the request alone: yes" in report
     row = next(line for line in report.splitlines() if line.startswith("| edit |"))
     accept_length = float(row.split("|")[4])
     assert accept_length > 2, row

@@ -26,6 +26,7 @@ __all__ = [
     "drain_policy",
     "get_drain_policy",
     "get_pinned_reuse",
+    "host_waits",
     "launch_host_function",
     "memory_stats",
     "peek",
@@ -107,6 +108,23 @@ def pending(stream: Stream | None = None) -> int:
     if stream is None:
         return int(native().pending())
     return int(native().stream_pending(*stream_key("pending", stream)))
+
+
+@contextlib.contextmanager
+def host_waits() -> Iterator[list[str]]:
+    """Watch for a while what the host waits for: where a real device would have stalled it.
+
+    Yields a list that is filled at the end, with one entry a wait, in order, of any thread: of a
+    stream, an event or a device, of a blocking copy, of a value read or needed on the host. Asking
+    whether something is done is no wait; neither is what a drain policy runs early. On a stream
+    that is ``"eager"``, what would wait for a value finds it there, and is not seen.
+    """
+    waits: list[str] = []
+    start = native().begin_wait_watch()
+    try:
+        yield waits
+    finally:
+        waits.extend(native().end_wait_watch(start))
 
 
 def launch_host_function(fn: Callable[[], Any], stream: Stream | None = None) -> None:

@@ -28,6 +28,38 @@ def test_nothing_runs_before_something_waits_for_it(sim):
     assert sim.peek(y).tolist() == [1, 1, 1]
 
 
+def test_what_the_host_waits_for_is_told_in_order(sim):
+    side, event = torch.Stream("sim"), torch.Event("sim")
+    with sim.host_waits() as all_of_it:
+        x = torch.tensor([1, 0], device="sim")
+        with sim.host_waits() as waits:
+            assert x.sum().item() == 1
+            x.cpu()
+            side.synchronize()
+            event.record()
+            event.synchronize()
+            torch.accelerator.synchronize()
+            x.nonzero()
+    words = ["read a value", "copied to the host", "Stream.sync", "Event.sync", "called sync"]
+    assert len(waits) == 6
+    assert all(word in wait for word, wait in zip([*words, "nonzero"], waits, strict=True)), waits
+    assert all_of_it[1:] == waits
+    assert "from the host" in all_of_it[0]
+
+
+def test_what_leaves_the_host_alone_is_no_wait(sim):
+    pinned, side = torch.ones(2).pin_memory(), torch.Stream("sim")
+    with sim.host_waits() as waits:
+        x = pinned.to("sim", non_blocking=True) + 1
+        pinned.copy_(x, non_blocking=True)
+        side.wait_stream(torch.accelerator.current_stream())
+        event = side.record_event()
+        event.wait()
+        event.query()
+    assert waits == []
+    assert sim.pending() > 0
+
+
 def test_a_host_read_waits_for_the_current_stream_alone(sim):
     side = torch.Stream("sim")
     with side:

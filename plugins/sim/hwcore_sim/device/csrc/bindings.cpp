@@ -51,6 +51,8 @@ void bind_streams(py::module_& m) {
         return "lazy";
     }
   });
+  m.def("begin_wait_watch", &begin_wait_watch);
+  m.def("end_wait_watch", &end_wait_watch);
   m.def("pending", [] { return pending(nullptr); });
   m.def("stream_pending", [](int device, int64_t stream) {
     return pending(find_queue(device, stream));

@@ -350,8 +350,46 @@ void raise_pending(Queue* queue) {
   if (error) std::rethrow_exception(std::move(error));
 }
 
+namespace {
+
+struct WaitWatch {
+  std::mutex mutex;
+  std::atomic<int> watchers{0};
+  std::vector<std::string> log;
+};
+
+WaitWatch& wait_watch() {
+  static WaitWatch* const instance = new WaitWatch;
+  return *instance;
+}
+
+void note_wait(const char* what) {
+  auto& watch = wait_watch();
+  if (watch.watchers == 0) return;
+  std::lock_guard lock(watch.mutex);
+  watch.log.emplace_back(what);
+}
+
+}  // namespace
+
+size_t begin_wait_watch() {
+  auto& watch = wait_watch();
+  std::lock_guard lock(watch.mutex);
+  ++watch.watchers;
+  return watch.log.size();
+}
+
+std::vector<std::string> end_wait_watch(size_t start) {
+  auto& watch = wait_watch();
+  std::lock_guard lock(watch.mutex);
+  std::vector<std::string> seen(watch.log.begin() + start, watch.log.end());
+  if (--watch.watchers == 0) watch.log.clear();
+  return seen;
+}
+
 void synchronize(Queue* queue, const char* what) {
   use_device(what);
+  note_wait(what);
   refuse_while_capturing(queue, c10::str(what, ", which waits for the device"));
   check_stale(queue);
   drain(queue, queue->pushed);
@@ -373,6 +411,7 @@ std::vector<Queue*> queues_of(DeviceIndex device) {
 
 void synchronize_device(DeviceIndex device, const char* what) {
   use_device(what);
+  note_wait(what);
   refuse_while_capturing(nullptr, c10::str(what, ", which waits for the device"));
   const auto queues = queues_of(device);
   for (Queue* queue : queues) drain(queue, queue->pushed);
@@ -584,6 +623,7 @@ void synchronize(Event& event) {
   if (!event.source) return;
   refuse_captured_event(event, "waited for");
   refuse_while_capturing(nullptr, "called Event.synchronize, which waits for the device");
+  note_wait("called Event.synchronize");
   check_event(event);
   drain(event.source, event.position);
   raise_pending(event.source);

@@ -104,6 +104,10 @@ void raise_pending(Queue* queue);
 // The host waits; raises what the work raised. Refused while capturing.
 void synchronize(Queue* queue, const char* what);
 void synchronize_device(DeviceIndex device, const char* what);
+// What the host waited for, in words, while somebody watches. Beginning returns the place in the
+// log; ending returns what came after it.
+size_t begin_wait_watch();
+std::vector<std::string> end_wait_watch(size_t start);
 // Run everything that is queued anywhere, keeping errors for later.
 void drain_all();
 bool query(Queue* queue);
