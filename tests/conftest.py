@@ -35,6 +35,46 @@ def _one_backend_a_process(request):
             assert package not in sys.modules, f"a test loaded {package} in a run for {chosen}"
 
 
+def pytest_generate_tests(metafunc):
+    """`in_any_order`: on a device that simulates them, once for each order of work."""
+    if "in_any_order" in metafunc.fixturenames:
+        simulated = metafunc.config.getoption("backend") == "sim"
+        orders = ["lazy", "eager", "random:1", "random:2", "random:3"] if simulated else ["its own"]
+        metafunc.parametrize("in_any_order", orders, indirect=True)
+
+
+@pytest.fixture
+def in_any_order(request):
+    if request.param == "its own":
+        yield
+        return
+    from hwcore_sim import device
+
+    with device.drain_policy(request.param):
+        yield
+
+
+@pytest.fixture
+def late(hw):
+    """Work runs as late as it may, where that can be had."""
+    if hw.info.name != "sim":
+        yield
+        return
+    from hwcore_sim import device
+
+    with device.drain_policy("lazy"):
+        yield
+
+
+@pytest.fixture
+def watched(hw):
+    """Fails a test in which streams race."""
+    from hwcore.testing.sanitizer import Sanitizer
+
+    with Sanitizer(hw):
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class Finished:
     """A finished Python process; ``error`` is the last line of its traceback."""

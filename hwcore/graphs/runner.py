@@ -12,6 +12,7 @@ import torch
 
 import hwcore
 from hwcore.errors import ArgumentTypeError, ClosedError, describe
+from hwcore.fence import StreamFence
 from hwcore.graphs.buffers import GraphBuffers
 from hwcore.graphs.graph_set import GraphSet
 from hwcore.graphs.host_inputs import HostInputs
@@ -24,7 +25,6 @@ from hwcore.graphs.refusals import (
     refuse_prepared,
     refuse_recomputed,
 )
-from hwcore.graphs.turns import Turns
 from hwcore.types import ReplayBatch
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class GraphRunner:
         self.buffers = GraphBuffers(slots, buckets, hw, device)
         self.refusals: collections.Counter[str] = collections.Counter()
         self._set = GraphSet(hw, fn, self.buffers, warm_ups, capture_budget, static or {}, progress)
-        self._turns = Turns(hw, self.buffers.memory)
+        self._fence = StreamFence(hw, self.buffers.device, [self.buffers.memory])
+        self._fence.end_write(hw.current_stream(self.buffers.device))  # that filled them
         self._recompute = hw.plan_stream_policy().recompute_after_join & slots.keys()
         self._host_inputs = HostInputs(hw, self.buffers.device)
         self._places: dict[tuple[int, int], Place] = {}
@@ -279,11 +280,11 @@ class GraphRunner:
             if lens and len(inputs) < len(rows.targets):
                 missing = frozenset(rows.real.keys() - inputs.keys())
             self._prepared = None  # from here on its inputs are overwritten
-            stream = self._turns.begin()
+            stream = self._begin()
             try:
                 unfinished = self.buffers.write(rows, copies)
             finally:
-                self._turns.end(stream)
+                self._fence.end_write(stream)
             if unfinished:
                 self._host_inputs.keep(unfinished, stream)
             padded_lens = lens + place.padding_lens
@@ -333,7 +334,7 @@ class GraphRunner:
                 self._set.static.check("GraphRunner.replay", fix)
             place, batch = prepared.place, prepared.batch
             captured = place.captured
-            stream = self._turns.begin()
+            stream = self._begin()
             try:
                 on_side = stream is not prepared.stream and stream != prepared.stream
                 if on_side or recomputed or prepared.missing or batch.plan_stream_active:
@@ -343,7 +344,7 @@ class GraphRunner:
                     self._prepared = None
                 self._hw.graph_replay(captured.graph, captured.inputs, batch)
             finally:
-                self._turns.end(stream)
+                self._fence.end_write(stream)
             self._prepared = None
             return place.outputs.get()
 
@@ -393,10 +394,16 @@ class GraphRunner:
                 self._refuse_state("close")
                 self._release()
                 self.buffers.release()
-                del self._turns
+                del self._fence
                 self._closed = True
 
     # --- Parts ---
+
+    def _begin(self) -> Stream:
+        """Let the current stream wait for the last use of the buffers, and return it."""
+        stream = self._hw.current_stream(self.buffers.device)
+        self._fence.begin_write(stream)
+        return stream
 
     def _find_place(self, batch_size: int, tokens_per_request: int) -> Place:
         """Look for a batch's bucket, once for each size."""

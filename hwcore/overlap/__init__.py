@@ -5,7 +5,7 @@ prepares a step on a side stream. ``StreamFence``, which both stand on, orders w
 memory across streams. Nothing here knows a device: streams are ordered by the backend's hooks.
 """
 
-from hwcore.overlap.fence import StreamFence
+from hwcore.fence import StreamFence
 from hwcore.overlap.future_map import FutureMap
 from hwcore.overlap.plan_stream import PlanStream, Prepared, recomputes
 from hwcore.overlap.relay import RelayPayload, RelaySpec

@@ -11,6 +11,7 @@ import torch
 from hwcore._checks import check_instance, check_tensor
 from hwcore._env import debug_enabled
 from hwcore.errors import CapabilityError, CaptureError, ClosedError
+from hwcore.fence import StreamFence
 from hwcore.kernels import gather_rows, kernel
 from hwcore.overlap.checks import (
     INDEX_DTYPES,
@@ -23,7 +24,6 @@ from hwcore.overlap.checks import (
     is_on_host,
 )
 from hwcore.overlap.consume_once import ConsumeOnce
-from hwcore.overlap.fence import StreamFence
 from hwcore.overlap.outputs import Outputs
 from hwcore.overlap.relay import RelayPayload, RelaySpec, Rows, as_bits, fields_of
 from hwcore.overlap.seq_lens import SeqLens

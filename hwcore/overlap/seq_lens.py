@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore.overlap.fence import StreamFence
+from hwcore.fence import StreamFence
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import hwcore
-from hwcore.graphs.turns import Turns
+from hwcore.fence import StreamFence
 from hwcore.testing.sanitizer import Sanitizer
 
 from ._steps import inputs, lens, runner_of, simple
@@ -107,7 +107,7 @@ def run(hw, program):
 @pytest.fixture
 def without_waits(monkeypatch):
     """Take the runner's waits out."""
-    monkeypatch.setattr(Turns, "begin", lambda self: self._hw.current_stream(self._memory.device))
+    monkeypatch.setattr(StreamFence, "begin_write", lambda fence, stream: None)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -2,47 +2,8 @@ import pytest
 import torch
 
 from hwcore.overlap import FutureMap, RelaySpec
-from hwcore.testing.sanitizer import Sanitizer
 
 SIZES = {"topk": 2, "hidden_size": 5, "draft_probs": (2, 3)}
-
-
-def pytest_generate_tests(metafunc):
-    """`in_any_order`: on a device that simulates them, once for each order of work."""
-    if "in_any_order" in metafunc.fixturenames:
-        simulated = metafunc.config.getoption("backend") == "sim"
-        orders = ["lazy", "eager", "random:1", "random:2", "random:3"] if simulated else ["its own"]
-        metafunc.parametrize("in_any_order", orders, indirect=True)
-
-
-@pytest.fixture
-def in_any_order(request):
-    if request.param == "its own":
-        yield
-        return
-    from hwcore_sim import device
-
-    with device.drain_policy(request.param):
-        yield
-
-
-@pytest.fixture
-def late(hw):
-    """Work runs as late as it may, where that can be had."""
-    if hw.info.name != "sim":
-        yield
-        return
-    from hwcore_sim import device
-
-    with device.drain_policy("lazy"):
-        yield
-
-
-@pytest.fixture
-def watched(hw):
-    """Fails a test in which streams race."""
-    with Sanitizer(hw):
-        yield
 
 
 @pytest.fixture

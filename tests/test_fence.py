@@ -8,7 +8,7 @@ import torch
 
 import hwcore
 from hwcore.errors import ArgumentValueError, CaptureError
-from hwcore.overlap import StreamFence
+from hwcore.fence import StreamFence
 from hwcore.testing.sanitizer import Sanitizer
 
 
