@@ -15,6 +15,8 @@ BUILTINS = {
     "BackendUnavailableError": RuntimeError,
     "CapabilityError": RuntimeError,
     "CaptureError": RuntimeError,
+    "ClosedError": RuntimeError,
+    "ConsumeOnceError": RuntimeError,
     "ForkError": RuntimeError,
     "PluginDefinitionError": TypeError,
     "PluginLoadError": ImportError,

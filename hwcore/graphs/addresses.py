@@ -23,7 +23,8 @@ class Addresses:
     """The addresses of tensors, and who holds the tensors, as they were when this was made.
 
     A tensor has moved if its own memory is another (``p.data = ...``, ``set_``), or its holder
-    holds another tensor: a module under one of its names, or a list or dict in one of its places.
+    holds another tensor: a module as parameter, buffer or child, a list or dict in one of its
+    places, the mapping itself included.
     Writing in place moves nothing, nor does adding to a holder. A tensor that is given by itself
     has no holder, so that nobody sees its owner turn to another one: give the list, the dict or
     the module.
@@ -49,8 +50,7 @@ class Addresses:
         self._tensor_names: list[str] = []
         self._holders: list[tuple[list[str], list[Any], Any]] = []
         seen: set[int] = set()
-        for name, value in static.items():
-            self._note(name, value, seen)
+        self._hold("", static, seen)
         self._pointers = [*map(_data_ptr, self._tensors)]
         self._flatten()
 
@@ -130,10 +130,10 @@ class Addresses:
         else:
             items, view = list(enumerate(holder)), holder
         if items:
-            names = [f"{name}.{key}" for key, _ in items]
+            names = [f"{name}.{key}".removeprefix(".") for key, _ in items]
             self._holders.append((names, [value for _, value in items], view))
         for key, value in items:
-            self._note(f"{name}.{key}", value, seen)
+            self._note(f"{name}.{key}".removeprefix("."), value, seen)
 
 
 def _is_plain(value: object) -> bool:

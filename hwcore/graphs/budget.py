@@ -19,7 +19,7 @@ DEFAULT_BUDGET = 1800
 """Graphs where the backend has the quirk ``capture_stream_limit``. Such devices were seen to have
 about 2,000 capture streams for all graphs and for the program's own streams."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finaliser may run while its own thread holds it
 _held: collections.Counter[str] = collections.Counter()
 """Graphs that runners hold, by device type."""
 

@@ -122,8 +122,25 @@ class GraphBuffers:
         """Return every slot as a graph of ``bucket`` sees it: contiguous, padding included."""
         return self._views[self._known(bucket)]
 
+    def real(self, bucket: Bucket, batch_size: int) -> Mapping[str, torch.Tensor]:
+        """Return views of the real requests of every slot, to be written in place.
+
+        Ask for them anew for each batch: what may have been written through them is not trusted to
+        be padding afterwards. Whoever writes waits for the last replay himself.
+
+        Parameters
+        ----------
+        bucket : (int, int)
+        batch_size : int
+            In [0, ``bucket[0]``].
+        """
+        self.spoil()
+        return MappingProxyType(self.rows(bucket, batch_size).real)
+
     def rows(self, bucket: Bucket, batch_size: int) -> Rows:
         """Return views of the real and of the padded part for a batch. Kept, and cheap.
+
+        For :meth:`check` and :meth:`write`; see :meth:`real` for writing in place.
 
         Parameters
         ----------
@@ -166,11 +183,12 @@ class GraphBuffers:
         try:
             given = self._in_order(inputs)
             usual = len(given) == len(inputs) and rows.fit(given)
-        except (KeyError, AttributeError, TypeError):
+            addresses = list(map(_data_ptr, given)) if usual else ()
+        except (KeyError, AttributeError, TypeError, RuntimeError):
             usual = False
         if usual:
             memory = self._addresses
-            for address in map(_data_ptr, given):
+            for address in addresses:
                 if address in memory:
                     break
             else:
@@ -212,8 +230,15 @@ class GraphBuffers:
 
     def for_eager(
         self, batch_size: int, tokens_per_request: int, inputs: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Return inputs on the device, unpadded, for a batch that no bucket takes.
+    ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """Copy inputs to the device, unpadded, for a batch that no bucket takes.
+
+        Returns
+        -------
+        copies : dict of str to Tensor
+            Like the static buffers they are the function's to write to.
+        unfinished : list of Tensor
+            As of :meth:`write`.
 
         Raises
         ------
@@ -227,10 +252,12 @@ class GraphBuffers:
         for name, given in inputs.items():
             slot = self._slot(name)
             self._check_form(name, given, slot, slot.shape_for(batch_size, tokens_per_request))
-        return {
-            name: given.to(self.device, non_blocking=self._non_blocking)
+        copies = {
+            name: given.detach().to(self.device, non_blocking=self._non_blocking, copy=True)
             for name, given in inputs.items()
         }
+        on_host = [given for given in inputs.values() if given.device != self.device]
+        return copies, on_host if self._non_blocking else []
 
     def spoil(self) -> None:
         """Take the padding as written by somebody else: the next batch writes it anew."""
@@ -241,6 +268,7 @@ class GraphBuffers:
         self.memory = self.memory.new_empty(0)
         self._views.clear()
         self._rows.clear()
+        self._fills.clear()
         self._filled = None
 
     # --- Checks ---
@@ -257,7 +285,7 @@ class GraphBuffers:
                 if given.data_ptr() == target.data_ptr() and given.stride() == target.stride():
                     continue
                 expected = "memory of its own, or exactly the slot's real rows"
-                fix = "Clone it, or write it into buffers.rows(...).real"
+                fix = "Clone it, or write it into buffers.real(...)"
                 _refuse(name, "a view of the static buffers", expected, fix)
             copies.append((target, given.detach()))
         return copies
@@ -270,6 +298,9 @@ class GraphBuffers:
     def _check_form(self, name: str, given: Any, slot: Slot, shape: torch.Size) -> None:
         if not isinstance(given, torch.Tensor):
             _refuse(name, given, "a tensor", "Pass one", ArgumentTypeError)
+        if given.layout is not torch.strided:
+            fix = "Convert it with to_dense()"
+            _refuse(name, given.layout, "a tensor of torch.strided", fix, ArgumentTypeError)
         if given.dtype is not slot.dtype:
             expected, fix = f"{slot.dtype}, the slot's", "Convert it, or make the slot so"
             _refuse(name, given.dtype, expected, fix, ArgumentTypeError)

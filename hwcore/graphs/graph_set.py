@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from hwcore.errors import CaptureError
 from hwcore.graphs import budget
 from hwcore.graphs.addresses import Addresses
-from hwcore.graphs.captured import Captured
+from hwcore.graphs.captured import Captured, agree
 from hwcore.graphs.prepared import Verdict
 from hwcore.graphs.progress import progress_bar
 
@@ -89,6 +90,9 @@ class GraphSet:
             self._capture_all()
             addresses.check("GraphRunner.capture", "Move it before the capture, or never")
         except BaseException:
+            # Warm-ups may be queued still; and what a device says of them is the lesser news.
+            with contextlib.suppress(Exception):
+                self._hw.synchronize(self._buffers.device)
             self.release()
             raise
         finally:
@@ -127,18 +131,36 @@ class GraphSet:
                     )
                     raise CaptureError(message) from error
             move(len(buckets), "")
+        agree(list(self.graphs.values()))
         size = used_bytes() / 2**20
         _log.info("%d graphs captured on %s, %.0f MiB used", len(buckets), device, size)
 
     def _capture_one(self, bucket: Bucket, pool: Any, stream: Stream) -> Captured:
+        """Warm a bucket up and capture it, each time on nothing but padding."""
         hw, buffers = self._hw, self._buffers
         buffers.spoil()
-        buffers.write(buffers.rows(bucket, 0), [])  # nothing but padding
+        buffers.write(buffers.rows(bucket, 0), [])
+        padding = buffers.memory.clone()
         hw.wait_stream(stream, hw.current_stream(buffers.device))
+        written = False
+
+        def restored() -> bool:
+            """Make the inputs padding again; say whether they were something else. Waits."""
+            hw.synchronize_stream(stream)
+            changed = not torch.equal(buffers.memory, padding)
+            if changed:
+                buffers.memory.copy_(padding)
+            return changed
+
         with hw.stream_context(stream):
             for _ in range(self._warm_ups):
                 self._fn(**buffers.views(bucket))
+                written |= restored()
         hw.synchronize_stream(stream)
         captured = Captured(hw, self._fn, buffers, bucket, pool, stream)
+        with hw.stream_context(stream):
+            written |= restored()
         hw.synchronize_stream(stream)
+        # Kernels write what torch does not count, and torch counts what leaves no other value.
+        captured.writes_inputs |= written
         return captured

@@ -31,7 +31,9 @@ def progress_bar(
     move : callable
         Takes how many graphs are done, and the bucket that is captured now.
     """
-    if not (sys.stderr.isatty() if shown is None else shown):
+    if shown is None:
+        shown = sys.stderr is not None and sys.stderr.isatty()
+    if not shown:
         yield lambda done, now: None
         return
     # Imported only here: rich takes longer to import than a small capture.

@@ -51,7 +51,8 @@ class GraphRunner:
         outputs = runner.replay(prepared, recomputed={...})  # on the current stream
 
     ``fn(**inputs)`` gets every slot by name, in a bucket's shape, and returns tensors whose first
-    dimension is the bucket's requests or tokens, in any containers. It runs ``warm_ups`` times and
+    dimension is the bucket's requests or tokens, and plain values, in dicts, lists and tuples, or
+    what else is registered with ``torch.utils._pytree``. It runs ``warm_ups`` times and
     is captured once for each bucket, without autograd, on inputs that hold their ``fill``
     throughout: it must bear that, and what it writes (a KV cache) is written for padding too.
 
@@ -59,7 +60,7 @@ class GraphRunner:
     preparing the next takes the place of one that was not replayed. Whatever streams the calls run
     on, each waits on the device, and not on the host, for the call before: an input is not
     overwritten while a replay reads it, a replay does not start before its inputs are there. Who
-    writes an input in place, into ``buffers.rows(...).real``, waits for the last replay himself.
+    writes an input in place, into ``buffers.real(...)``, waits for the last replay himself.
     A copy of host inputs blocks the host where ``host_memory_policy()`` does not say
     ``copies_ordered_with_kernels``.
 
@@ -71,7 +72,10 @@ class GraphRunner:
 
     **Padding.** The requests behind the real ones hold each slot's ``fill`` and never what an
     earlier batch left; what the function computes for them is not returned. A function may write
-    into its inputs, by torch's own calls: writes by other kernels go unseen, and would stay there.
+    into its inputs, if it does so in its warm-ups as well or by calls that torch counts
+    (``add_``, ``out=``): what is seen then is made good before the next batch.
+
+    **Devices.** Calls are made with the runner's device as the current one.
 
     **Threads.** One call at a time runs, the others wait for it; any thread may make it. Preparing
     in one thread and replaying in another is fine, as long as they agree whose turn it is.
@@ -247,7 +251,9 @@ class GraphRunner:
         inputs : Mapping of str to Tensor
             One for each slot, unpadded, of the slot's dtype; on the device or on the host, with any
             strides. See :meth:`GraphBuffers.check`. What :meth:`replay` gets as ``recomputed`` may
-            be left out.
+            be left out. Device inputs that were made on another stream are the caller's to keep
+            until this one has copied them, as :meth:`PlanStream.block
+            <hwcore.overlap.PlanStream.block>` does with what it is given.
         seq_lens : tuple or list of int, [batch size]
             The requests' lengths in tokens, as the host knows them. Empty for a batch of padding
             alone, such as an idle data-parallel rank replays.
@@ -360,7 +366,7 @@ class GraphRunner:
         """Prepare and replay a batch; with ``or_eager``, call ``fn`` where no graph takes it.
 
         Arguments and outputs are those of :meth:`prepare` and :meth:`replay`. Eagerly ``fn`` gets
-        the unpadded inputs, on the device, and its outputs are returned as they are.
+        copies of the unpadded inputs, on the device, and its outputs are returned as they are.
 
         Raises
         ------
@@ -377,7 +383,11 @@ class GraphRunner:
                 )
         if not or_eager:
             refuse_batch("run", verdict)
-        given = self.buffers.for_eager(len(lens), tokens_per_request, inputs)
+        with self._lock:
+            given, unfinished = self.buffers.for_eager(len(lens), tokens_per_request, inputs)
+            if unfinished:
+                stream = self._hw.current_stream(self.buffers.device)
+                self._host_inputs.keep(unfinished, stream)
         with torch.no_grad():
             return self._fn(**given)
 

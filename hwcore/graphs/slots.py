@@ -164,7 +164,7 @@ def _check_bucket(bucket: object) -> Bucket:
 
 def _fits(fill: complex, dtype: torch.dtype) -> bool:
     try:
-        stored = torch.full((), fill, dtype=dtype)
-    except RuntimeError:
+        stored = torch.full((), fill, dtype=dtype, device="cpu")
+    except (RuntimeError, OverflowError):
         return False
     return dtype.is_floating_point or dtype.is_complex or stored.item() == fill

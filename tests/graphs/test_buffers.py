@@ -10,7 +10,7 @@ import torch
 from hwcore.errors import ArgumentTypeError, ArgumentValueError
 from hwcore.graphs import BATCH, TOKENS, TOKENS_PER_REQUEST, GraphBuffers, Slot
 
-from ._steps import SLOTS, inputs
+from ._steps import SLOTS, inputs, lens, runner_of
 
 
 @pytest.fixture
@@ -143,6 +143,7 @@ def test_buffers_made_in_inference_mode_are_written_outside_of_it(hw):
         ({"dtype": torch.int64, "shape": (BATCH,), "fill": "0"}, ArgumentTypeError, "`fill`"),
         ({"dtype": torch.int8, "shape": (BATCH,), "fill": 300}, ArgumentValueError, "torch.int8"),
         ({"dtype": torch.int64, "shape": (BATCH,), "fill": 0.5}, ArgumentValueError, "int64"),
+        ({"dtype": torch.int64, "shape": (BATCH,), "fill": 2**70}, ArgumentValueError, "int64"),
         ({"dtype": torch.bool, "shape": (BATCH,), "fill": 2}, ArgumentValueError, "torch.bool"),
     ],
 )
@@ -286,3 +287,31 @@ def test_an_input_that_autograd_tracks_leaves_no_trace_in_the_buffers(buffers):
     buffers.write(rows, buffers.check(rows, given))
     assert not rows.real["scores"].requires_grad
     assert rows.real["scores"].tolist() == [[1], [1], [1]]
+
+
+def test_what_is_written_in_place_is_not_trusted_to_be_padding_later(hw):
+    slots = {"x": Slot(torch.float32, (BATCH,), fill=100.0)}
+    seen = torch.zeros(8, device=hw.device())
+    with runner_of(hw, lambda x: seen.copy_(x) * 1, slots, [(8, 1)]) as runner:
+        runner.run({"x": torch.ones(3, device=hw.device())}, lens(3))
+        runner.buffers.real((8, 1), 6)["x"].fill_(55.0)
+        runner.run({"x": torch.ones(4, device=hw.device())}, lens(4))  # two were aborted meanwhile
+        assert seen.tolist() == [1] * 4 + [100] * 4
+
+
+def test_what_is_written_in_place_is_not_copied(hw):
+    slots = {"x": Slot(torch.float32, (BATCH,), fill=100.0)}
+    with runner_of(hw, lambda x: x * 2, slots, [(8, 1)]) as runner:
+        real = runner.buffers.real((8, 1), 3)
+        real["x"].fill_(4.0)
+        assert runner.run(real, lens(3)).tolist() == [8] * 3
+
+
+def test_a_sparse_input_is_refused(hw):
+    if hw.info.device_type != "cpu":
+        pytest.skip("the device has no sparse tensors")
+    slots = {"x": Slot(torch.float32, (BATCH,), fill=100.0)}
+    with runner_of(hw, lambda x: x * 2, slots, [(8, 1)]) as runner:
+        with pytest.raises(ArgumentTypeError, match=r"input `x` got torch.sparse_coo"):
+            runner.run({"x": torch.ones(3).to_sparse()}, lens(3))
+        assert runner.run({"x": torch.ones(3)}, lens(3)).tolist() == [2] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import re
@@ -15,6 +16,7 @@ import hwcore
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, StaleGraphError
 from hwcore.graphs import BATCH, GraphRunner, Slot, budget
 from hwcore.graphs.addresses import Addresses
+from hwcore.testing.sanitizer import Sanitizer
 
 from ._steps import BUCKETS, SLOTS, Step, inputs, lens, runner_of, simple
 
@@ -107,6 +109,67 @@ def test_warm_ups_and_capture_see_nothing_but_padding(hw):
             seen.clear()
             runner.run({"x": torch.ones(4, device=hw.device())}, lens(4))
             runner.recapture()
+
+
+def test_a_function_that_writes_its_inputs_is_warmed_up_on_padding_each_time(hw):
+    table, seen = torch.zeros(8, device=hw.device()), []
+
+    def fn(rows):
+        out = table[rows] + 1  # row 8 does not exist
+        if not hw.is_capturing():
+            seen.append(rows.tolist())
+        rows.add_(1)
+        return out
+
+    with runner_of(hw, fn, {"rows": Slot(torch.int64, (BATCH,), fill=7)}, [(2, 1)], warm_ups=3):
+        assert seen == [[7, 7]] * 3
+
+
+WRITES = {
+    "add_": lambda x: x.add_(1),
+    "foreach": lambda x: torch._foreach_add_([x], 1),
+    "data": lambda x: x.data.add_(1),
+    "a view": lambda x: x.view(-1)[1:].add_(1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_a_replay_writes_into_inputs_is_no_padding_of_the_next_batch(hw, write):
+    seen = torch.zeros(4, device=hw.device())
+
+    def fn(x):
+        seen.copy_(x)
+        WRITES[write](x)
+        return x * 2
+
+    with runner_of(hw, fn, X, [(4, 1)]) as runner:
+        for _ in range(3):
+            runner.run({"x": torch.zeros(2, device=hw.device())}, lens(2))
+            assert seen.tolist() == [0, 0, 100, 100]
+
+
+def test_a_failed_capture_leaves_no_work_on_memory_that_is_freed(hw):
+    def fn(x):
+        x.mul_(0.5)
+        raise _BrokenError
+
+    def attempt():
+        slots = {"x": Slot(torch.float32, (BATCH, 1000), fill=100.0)}
+        with pytest.raises(CaptureError):
+            GraphRunner(fn, slots, [(4, 1)], backend=hw).capture()
+
+    policy = contextlib.nullcontext()
+    if hw.info.name == "sim":
+        from hwcore_sim import device
+
+        policy = device.drain_policy("lazy")
+    with policy, Sanitizer(hw):
+        attempt()
+        gc.collect()
+        others = torch.full((4096,), 7.0, device=hw.device())
+        hw.synchronize_stream(hw.current_stream())
+        hw.synchronize()
+        assert (others == 7).all()
 
 
 def test_what_warm_ups_write_into_inputs_is_no_padding_of_the_first_batch(hw):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hwcore
+from hwcore.errors import ArgumentValueError
 from hwcore.fence import StreamFence
 from hwcore.testing.sanitizer import Sanitizer
 
@@ -222,6 +223,30 @@ def test_on_one_stream_nothing_waits_for_an_event(hw):
             hw.unregister(wrappers)
 
 
+@pytest.mark.parametrize("way", ["eagerly", "recomputed"])
+def test_a_pinned_input_may_be_dropped_whatever_way_it_went(hw, way):
+    def pinned(value, size):
+        return hw.pin_memory(torch.full((size,), value))
+
+    policy = contextlib.nullcontext()
+    if hw.info.name == "sim":
+        from hwcore_sim import device
+
+        policy = device.pinned_reuse("early")
+    with policy, simple(hw) as runner, draining(hw, "lazy"):
+        for value in (1.0, 2.0, 3.0):
+            if way == "eagerly":
+                size = 6
+                out = runner.run({"x": pinned(value, size)}, lens(size), or_eager=True)
+            else:
+                size = 3
+                prepared = runner.prepare({}, lens(size))
+                out = runner.replay(prepared, recomputed={"x": pinned(value, size)})
+            other = pinned(99.0, size)  # from the block of the input, were it free
+            assert out.tolist() == [2 * value] * size
+            del other
+
+
 @pytest.mark.parametrize("reuse", ["safe", "early"])
 def test_a_pinned_input_may_be_dropped_at_once(hw, reuse):
     def pinned(value):
@@ -278,6 +303,55 @@ def test_one_thread_prepares_and_another_replays(hw):
             free.release()
         thread.join()
         assert results == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("first", ["prepare", "replay"])
+@pytest.mark.parametrize("second", ["prepare", "replay"])
+def test_a_call_waits_until_that_of_another_thread_is_done(hw, first, second):
+    inside, go_on, order = threading.Event(), threading.Event(), []
+
+    class Slow:
+        """Holds the first call up where it marks its end."""
+
+        @hwcore.hookimpl(wrapper=True)
+        def record_event(self):
+            result = yield
+            if threading.current_thread().name == "first" and not inside.is_set():
+                inside.set()
+                assert go_on.wait(30)
+                order.append("first")
+            return result
+
+    with simple(hw) as runner:
+        x = {"x": torch.ones(3, device=hw.device())}
+        prepared = runner.prepare(x, lens(3))
+
+        def call(what):
+            if what == "prepare":
+                runner.prepare(x, lens(3))
+            else:
+                with contextlib.suppress(ArgumentValueError):  # replayed by the first
+                    runner.replay(prepared)
+            order.append(what) if threading.current_thread().name == "second" else None
+
+        slow = Slow()
+        hw.register(slow)
+        try:
+            threads = [
+                threading.Thread(target=call, args=(what,), name=name)
+                for what, name in ((first, "first"), (second, "second"))
+            ]
+            threads[0].start()
+            assert inside.wait(30)
+            threads[1].start()
+            threads[1].join(0.2)
+            assert order == []
+        finally:
+            go_on.set()
+            for thread in threads:
+                thread.join()
+            hw.unregister(slow)
+        assert order == ["first", second]
 
 
 def test_threads_that_do_not_agree_get_an_error_and_no_wrong_value(hw):
