@@ -536,3 +536,15 @@ def test_recapture_gives_the_old_graphs_back_first(hw, held):
         runner.recapture()
         assert held() == 2
         assert old() is None
+
+
+def test_the_mapping_of_static_tensors_is_looked_at_as_well(hw):
+    pools = {"k": torch.ones(2, device=hw.device()), "v": torch.ones(2, device=hw.device())}
+    with runner_of(hw, lambda x: x * pools["k"].sum(), X, [(2, 1)], static=pools) as runner:
+        x = {"x": torch.ones(2, device=hw.device())}
+        assert runner.run(x, lens(2)).tolist() == [2, 2]
+        pools["k"] = torch.full((2,), 5.0, device=hw.device())
+        with pytest.raises(StaleGraphError, match="static tensor `k` got other memory"):
+            runner.run(x, lens(2))
+        runner.recapture()
+        assert runner.run(x, lens(2)).tolist() == [10, 10]
