@@ -63,6 +63,6 @@ def assert_and_invalidate(
     message and ends the process's device context; here the caller learns the row, and when it
     asks. Host sync: no. Graph-safe: yes.
     """
-    if guards.shape[0] == 0:
+    if guards.numel() == 0:
         return outcome.zero_(), state
     return torch.amin(guards, 0, out=outcome), state.index_fill_(0, indices, -1)

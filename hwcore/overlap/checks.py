@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hwcore.overlap.relay import Field, RelaySpec
+    from hwcore.overlap.relay import Field
 
 __all__ = [
     "INDEX_DTYPES",
@@ -41,7 +41,7 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_batch(where: str, indices: Tensor, spec: RelaySpec, device: torch.device) -> int:
+def check_batch(where: str, indices: Tensor, limit: int, device: torch.device) -> int:
     """Raise unless ``indices`` are a batch of the map's; return how long it is."""
     # Once a step: the common case passes with as few calls as there can be.
     if (
@@ -52,8 +52,8 @@ def check_batch(where: str, indices: Tensor, spec: RelaySpec, device: torch.devi
     ):
         check_tensor(where, "indices", indices, INDEX_DTYPES, [("bs", None)], device)
     count = indices.numel()
-    if count > spec.batch_limit:
-        expected = f"at most {spec.batch_limit}, the spec's longest batch"
+    if count > limit:
+        expected = f"at most {limit}, the spec's longest batch"
         fix = "Split the batch, or make the map with a larger max_batch_size"
         raise ArgumentValueError(describe(where, "len(indices)", count, expected, fix))
     return count

@@ -97,7 +97,8 @@ class ConsumeOnce:
 
     def read(self, guards: Tensor, indices: Tensor, iteration: int) -> None:
         """Note rows that were empty when they were read, and empty them."""
-        self._begin(iteration)
+        if self._pending != iteration:
+            self._begin(iteration)
         if indices.dtype is not torch.int64:
             indices = indices.to(torch.int64)
         # An iteration is one read: no earlier outcome is overwritten.

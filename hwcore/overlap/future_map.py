@@ -107,6 +107,7 @@ class FutureMap:
         check_instance("FutureMap", "spec", spec, RelaySpec, "RelaySpec(pool_size=...)")
         check_switch("FutureMap", "debug", debug)
         self.spec = spec
+        self._limit = spec.batch_limit
         self._backend = backend or current_backend()
         self._debug = debug_enabled() if debug is None else debug
         fields, words = fields_of(spec, guarded=self._debug)
@@ -413,7 +414,7 @@ class FutureMap:
         return indices.to(torch.int64).masked_fill(indices == 0, self.spec.pool_size)
 
     def _fill(self, where: str, batch: Batch, indices: Tensor) -> None:
-        if self._watch is not None:
+        if self._watch is not None and not is_on_host(indices):
             indices = self._noted(indices)
         try:
             self._gather(self._pool, indices, batch.words)
@@ -459,4 +460,4 @@ class FutureMap:
     def _check_batch(self, where: str, indices: Tensor) -> int:
         if self._closed or self._backend.is_capturing():
             self._check_usable(where)
-        return check_batch(where, indices, self.spec, self.device)
+        return check_batch(where, indices, self._limit, self.device)
