@@ -61,7 +61,7 @@ test: $(STAMP)
 		--jobs $(words $(BACKENDS)) $(BACKENDS:%=test-%)
 
 # Side by side each gets its share of the cores: torch's threads spin while they wait for others.
-SHARE := $(shell $(PYTHON) -c 'import os, sys; \
+SHARE = $(shell $(PYTHON) -c 'import os, sys; \
 	print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' $(words $(BACKENDS)))
 
 test-%: $(STAMP)

@@ -243,7 +243,7 @@ class FutureMap:
         ----------
         indices : Tensor, int64 or int32, [bs], device
             Rows of the batch, in [0, pool_size); 0 is padding, and reads as zeros. A row that is
-            there twice is read for both; the stash of such a batch is refused.
+            there twice is read for both; it is the stash of such a batch that finds it.
         needs : sequence of str
             Values that the caller cannot do without.
 
@@ -386,8 +386,7 @@ class FutureMap:
                 return
             self._check_usable("FutureMap.close")
             try:
-                if self._watch is not None:
-                    self._raise_failure()
+                self._raise_failure()
             finally:
                 self._release()
 
@@ -414,8 +413,7 @@ class FutureMap:
         return indices.to(torch.int64).masked_fill(indices == 0, self.spec.pool_size)
 
     def _fill(self, where: str, batch: Batch, indices: Tensor) -> None:
-        if self._watch is not None and not is_on_host(indices):
-            indices = self._noted(indices)
+        indices = self._noted(indices)
         try:
             self._gather(self._pool, indices, batch.words)
         except IndexError:

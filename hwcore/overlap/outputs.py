@@ -136,6 +136,7 @@ class _Piece:
         if batch is None:
             if len(self._batches) >= _MANY_SIZES:
                 self._batches.clear()
+                self._handed_out = None  # or its views would be counted as uses that stay
             with torch.inference_mode(False), torch.no_grad():
                 batch = self._batches[count] = Batch(self.words[:count], self._fields)
             self._storage_uses = _use_count(self._storage)

@@ -284,6 +284,23 @@ def test_the_views_of_many_batch_sizes_are_not_all_kept(hw, monkeypatch, rows):
         assert all(len(piece._batches) <= 2 for piece in relay._outputs._pieces)
 
 
+def test_a_held_view_is_seen_after_the_kept_views_were_let_go_of(hw, monkeypatch, rows):
+    monkeypatch.setattr("hwcore.overlap.outputs._MANY_SIZES", 1)
+    with FutureMap(RelaySpec(pool_size=12), backend=hw, debug=False) as relay:
+
+        def step(count):
+            batch = rows(*range(1, count + 1))
+            relay.stash(batch, RelayPayload(batch * count))
+            return relay.resolve(batch).next_token[:1]
+
+        for count in (1, 1, 2, 2):  # each piece forgets the views of one request
+            step(count)
+        held = step(3)
+        for count in (4, 5, 6, 7):
+            step(count)
+        assert held.tolist() == [3]
+
+
 def test_the_selected_backend_is_the_default(hw):
     with FutureMap(RelaySpec(pool_size=3)) as relay:
         assert relay.device.type == hw.device().type
