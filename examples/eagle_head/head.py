@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from examples.eagle_head import layout
 from examples.serving.attention import Attention
+from examples.serving.linear import linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +76,7 @@ class EagleHead:
 
         Those that the head returns itself are so already.
         """
-        return functional.linear(features, self._fuse)
+        return linear(features, self._fuse)
 
     def forward(
         self,
@@ -123,16 +124,16 @@ class EagleHead:
         where = self._attention.where(tokens.shape[1], lens, slots, counts, positions, tree_mask)
         embedded = functional.embedding(tokens, self._embedding)
         inputs = self._rms(embedded, self._token_norm), self._rms(features, self._feature_norm)
-        qkv = functional.linear(torch.cat(inputs, dim=-1), self._qkv)
-        x = features + functional.linear(self._attention(kv[0], qkv, where), self._out)
+        qkv = linear(torch.cat(inputs, dim=-1), self._qkv)
+        x = features + linear(self._attention(kv[0], qkv, where), self._out)
         if last and counts is not None:
             x = x.gather(1, (counts - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2]))
         elif last:
             x = x[:, -1:]
-        inner = functional.linear(self._rms(x, self._mlp_norm), self._gate_up)
+        inner = linear(self._rms(x, self._mlp_norm), self._gate_up)
         gate, up = inner.chunk(2, dim=-1)
-        x = x + functional.linear(functional.silu(gate) * up, self._down)
-        return functional.linear(self._rms(x, self._norm), self._head), x
+        x = x + linear(functional.silu(gate) * up, self._down)
+        return linear(self._rms(x, self._norm), self._head), x
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, self.shape.epsilon)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from examples.serving.attention import Attention, rope_theta
+from examples.serving.linear import linear
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -150,16 +151,16 @@ class Llama:
         for layer, (block, entry) in enumerate(zip(self._blocks, kv, strict=True)):
             if layer in taps:
                 features.append(x)
-            qkv = functional.linear(self._rms(x, block["norm"]), block["qkv"])
-            x = x + functional.linear(self._attention(entry, qkv, where), block["out"])
-            inner = functional.linear(self._rms(x, block["mlp_norm"]), block["gate_up"])
+            qkv = linear(self._rms(x, block["norm"]), block["qkv"])
+            x = x + linear(self._attention(entry, qkv, where), block["out"])
+            inner = linear(self._rms(x, block["mlp_norm"]), block["gate_up"])
             gate, up = inner.chunk(2, dim=-1)
-            x = x + functional.linear(functional.silu(gate) * up, block["down"])
+            x = x + linear(functional.silu(gate) * up, block["down"])
         if last and counts is not None:
             x = x.gather(1, (counts - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2]))
         elif last:
             x = x[:, -1:]
-        logits = functional.linear(self._rms(x, self._norm), self._head)
+        logits = linear(self._rms(x, self._norm), self._head)
         return logits, torch.cat(features, dim=-1) if taps else logits[..., :0]
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:

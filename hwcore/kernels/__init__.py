@@ -1,10 +1,12 @@
 """Portable references of the operations that a device may bring a kernel for.
 
 A plugin's ``kernels()`` replaces any of them by name; what it leaves out runs as written here, on
-whatever device the arguments live on. ``kernel`` chooses.
+whatever device the arguments live on. ``kernel`` chooses. Torch's own operations that a device may
+lack are reached through ``torch_ops``.
 """
 
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel
+from hwcore.kernels.torch_ops import torch_ops
 
-__all__ = ["assert_and_invalidate", "gather_rows", "kernel"]
+__all__ = ["assert_and_invalidate", "gather_rows", "kernel", "torch_ops"]
