@@ -1,4 +1,4 @@
-"""Greedy decoding, plainly and with prompt-lookup tree speculation. Same model, same tokens."""
+"""Decoding one text, plainly or with drafts: the same model, and in greedy decoding the same tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from examples.serving.lookup import Lookup
-from examples.serving.sizing import Sizer
-from examples.serving.step import plain_step, tree_step
+from examples.serving.step import GREEDY, plain_step, tree_step
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from examples.serving.drafters import Drafter, Proposal
     from examples.serving.model import Model
+    from examples.serving.step import Emitted, Sampling
 
 
 @dataclass
@@ -28,9 +26,12 @@ class Answer:
         Exactly as many as were asked for; the end-of-text token does not stop the run.
     prefill_s, decode_s : float
         Seconds up to the first token, and from there to the end of the last step, which with
-        speculation may give more tokens than are kept.
+        drafts may give more tokens than are kept. What a drafter makes of the prompt is in the
+        second.
     sizes, accepted : list of int
         Tree size of each step after the prefill, and tokens that it emitted, bonus included.
+    longest : (Proposal, Emitted) or None
+        The tree whose accepted path was the longest.
     """
 
     tokens: list[int]
@@ -38,6 +39,7 @@ class Answer:
     decode_s: float = 0.0
     sizes: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    longest: tuple[Proposal, Emitted] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -51,9 +53,13 @@ class Answer:
 
 
 def decode(
-    model: Model, prompt: list[int], count: int, costs: Mapping[int, float] | None = None
+    model: Model,
+    prompt: list[int],
+    count: int,
+    drafter: Drafter | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Answer:
-    """Decode ``count`` tokens greedily.
+    """Decode ``count`` tokens.
 
     Parameters
     ----------
@@ -63,52 +69,35 @@ def decode(
         Token ids.
     count : int
         Tokens to decode, at least 2.
-    costs : mapping of int to float, optional
-        Seconds of a step by tree size (see :mod:`examples.serving.sizing`): decode with
-        speculation. Default: plainly.
+    drafter : Drafter, optional
+        Default: decode plainly.
+    sampling : Sampling
     """
     model.length = 0
     with torch.inference_mode():
         start = time.perf_counter()
-        tokens = [plain_step(model, prompt)]
-        speculation = None if costs is None else Speculation(model, prompt + tokens, costs)
+        emitted = plain_step(model, prompt, sampling)
+        tokens = list(emitted.tokens)
         began = time.perf_counter()
+        if drafter is not None:
+            drafter.begin(prompt, emitted)
         answer = Answer(tokens, prefill_s=began - start)
         while len(tokens) < count:
-            if speculation is None:
-                size, emitted = 1, [plain_step(model, tokens[-1:])]
+            proposal = None if drafter is None else drafter.draft()
+            if proposal is None:
+                emitted = plain_step(model, tokens[-1:], sampling)
             else:
-                size, emitted = speculation.step()
-            tokens += emitted
-            answer.sizes.append(size)
-            answer.accepted.append(len(emitted))
+                emitted = tree_step(
+                    model, proposal.nodes, proposal.parents, proposal.spec_steps, sampling
+                )
+                longest = answer.longest
+                if longest is None or len(emitted.tokens) > len(longest[1].tokens):
+                    answer.longest = proposal, emitted
+            if drafter is not None:
+                drafter.learn(emitted)
+            tokens += emitted.tokens
+            answer.sizes.append(1 if proposal is None else proposal.nodes.shape[1])
+            answer.accepted.append(len(emitted.tokens))
         answer.decode_s = time.perf_counter() - began
     del tokens[count:]
     return answer
-
-
-class Speculation:
-    """One text being decoded with prompt-lookup trees: draft, choose a size, verify, learn."""
-
-    def __init__(self, model: Model, text: list[int], costs: Mapping[int, float]) -> None:
-        self._model = model
-        self._lookup = Lookup(text)
-        self._sizer = Sizer(costs)
-
-    def step(self) -> tuple[int, list[int]]:
-        """Decode at least one more token; return the size of the tree and the tokens."""
-        text = self._lookup.tokens
-        draft = self._lookup.draft(self._sizer.largest)
-        size = self._sizer.choose(draft)
-        self._sizer.watch(draft, len(text))
-        if size == 1:
-            tokens = [plain_step(self._model, text[-1:])]
-        else:
-            # Only sizes of known cost are run: a smaller draft is filled up with padding nodes.
-            padding = max(size - len(draft), 0)
-            nodes = draft.tokens[:size] + [text[-1]] * padding
-            parents = draft.parents[:size] + [-1] * padding
-            tokens = tree_step(self._model, nodes, parents, max(draft.depths[:size]))
-        self._lookup.extend(tokens)
-        self._sizer.learn(text)
-        return size, tokens

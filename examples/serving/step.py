@@ -1,60 +1,131 @@
-"""The two kinds of step: one token, or a tree of them."""
+"""The two kinds of step: one token, or a tree of them; greedy, or drawn with a request's coins."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+from hwcore.speculative import (
+    CoinPurpose,
+    SamplingParams,
+    TreeMaskMode,
+    build_tree,
+    commit,
+    draw_coins,
+    verify_greedy,
+    verify_sampling,
+)
+from hwcore.speculative.distribution import draw, probabilities
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from torch import Tensor
 
     from examples.serving.model import Model
 
 
-def plain_step(model: Model, tokens: Sequence[int]) -> int:
-    """Append tokens to the model's cache and return the one that follows."""
-    batch = torch.tensor([list(tokens)], device=model.device)
-    return int(model.forward(batch, last=True)[0, -1].argmax())
+@dataclass(frozen=True)
+class Sampling:
+    """How a text's tokens are chosen.
+
+    Attributes
+    ----------
+    temperature : float
+        0: the likeliest token, always.
+    seed : int
+        Of the text's coins: the coin of a place does not depend on the step that decides it.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass
+class Emitted:
+    """What a step gave.
+
+    Attributes
+    ----------
+    tokens : list of int
+        At least one.
+    features : Tensor, float, [1, n, taps * hidden]
+        The model's, at the token before each.
+    path : list of int
+        Nodes of the tree that were accepted, the root first.
+    """
+
+    tokens: list[int]
+    features: Tensor
+    path: list[int]
+
+
+def plain_step(model: Model, tokens: list[int], sampling: Sampling = GREEDY) -> Emitted:
+    """Append tokens to the model's cache, and choose the one that follows.
+
+    The features are those of all the tokens.
+    """
+    batch = torch.tensor([tokens], device=model.device)
+    logits, features = model.forward(batch, last=True)
+    if not sampling.temperature:
+        token = int(logits[0, -1].argmax())
+    else:
+        params = SamplingParams.of(temperatures=[sampling.temperature], device=model.device)
+        weights, _ = probabilities(logits[:, -1], params.temperatures)
+        seeds = torch.tensor([sampling.seed], device=model.device)
+        place = torch.tensor([[model.length]], device=model.device)
+        token = int(draw(weights, draw_coins(seeds, place, CoinPurpose.RESIDUAL)[:, 0]))
+    return Emitted([token], features, [0])
 
 
 def tree_step(
-    model: Model, tokens: Sequence[int], parents: Sequence[int], spec_steps: int
-) -> list[int]:
-    """Run a draft tree through the model, keep the path that it agrees with, return what follows.
+    model: Model,
+    nodes: Tensor,
+    parents: Tensor,
+    spec_steps: int,
+    sampling: Sampling = GREEDY,
+) -> Emitted:
+    """Run a draft tree through the model, keep the path that it agrees with, add its own token.
 
     Parameters
     ----------
     model : Model
         Its cache ends before the root, and afterwards with the last accepted node.
-    tokens, parents : sequence of int
+    nodes, parents : Tensor, int64, [1, n]
         As in :func:`hwcore.speculative.build_tree`, for the one request there is.
     spec_steps : int
         Greatest depth of a node.
-
-    Returns
-    -------
-    tokens : list of int
-        The accepted drafts and the model's own next token: at least one.
+    sampling : Sampling
     """
-    device, length, size = model.device, model.length, len(tokens)
+    device, length, size = model.device, model.length, nodes.shape[1]
     seq_lens = torch.tensor([length], device=device)
     tree = build_tree(
-        torch.tensor([list(tokens)], device=device),
-        torch.tensor([list(parents)], device=device),
+        nodes,
+        parents,
         seq_lens,
         spec_steps=spec_steps,
         tree_mask_mode=TreeMaskMode.QLEN_ONLY,
     )
-    logits = model.forward(tree.draft_tokens, tree.positions.unsqueeze(0), tree.tree_mask)
+    logits, features = model.forward(
+        tree.draft_tokens, tree.positions.unsqueeze(0), tree.tree_mask
+    )
+    if sampling.temperature:
+        params = SamplingParams.of(temperatures=[sampling.temperature], device=device)
+        seeds = torch.tensor([sampling.seed], device=device)
+        result = verify_sampling(tree, logits, params, seeds=seeds)
+    else:
+        result = verify_greedy(tree, logits)
     slots = model.slots[:, length : length + size]
-    committed = commit(tree, verify_greedy(tree, logits), seq_lens, slots)
+    committed = commit(tree, result, seq_lens, slots, hidden_states=features)
     assert committed.kv_src is not None
     assert committed.kv_dst is not None
     model.move(committed.kv_src[0], committed.kv_dst[0])
-    # One copy to the host tells tokens and length: -1 stands past the last token.
-    emitted = [token for token in committed.accept_tokens[0].tolist() if token >= 0]
-    model.length = length + len(emitted)
-    return emitted
+    # One copy to the host tells tokens and path: -1 stands past the last.
+    both = torch.cat((committed.accept_tokens, result.accept_index.to(torch.int64)))
+    tokens, path = ([number for number in row if number >= 0] for row in both.tolist())
+    model.length = length + len(tokens)
+    assert committed.hidden_states is not None
+    return Emitted(tokens, committed.hidden_states[:, : len(tokens)], path)

@@ -1,0 +1,140 @@
+"""Drafting with an EAGLE head: what it saw of the model brings it up to date, then it runs ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwcore.speculative import DraftSteps, top_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from examples.eagle_head.head import EagleHead
+
+
+@dataclass
+class Seed:
+    """What the head says of the token after the root, and draft steps start from.
+
+    Attributes
+    ----------
+    probs : Tensor, float, [bs, topk]
+        Of the likeliest tokens, likeliest first.
+    tokens : Tensor, int64, [bs, topk]
+        Those.
+    features : Tensor, float, [bs, hidden]
+        The head's own, at the root.
+    """
+
+    probs: Tensor
+    tokens: Tensor
+    features: Tensor
+
+
+class EagleDrafter:
+    """Draft trees of a batch, from a head on a KV pool of its own with its target's slots.
+
+    Parameters
+    ----------
+    head : EagleHead
+    num_slots : int
+        Of the target's pool.
+    topk : int
+        Branches at each node; 1: chains.
+    spec_steps : int
+        Depth of the trees.
+
+    Notes
+    -----
+    Host sync: no, nowhere. Shapes depend on nothing but the batch size.
+    """
+
+    def __init__(self, head: EagleHead, num_slots: int, topk: int, spec_steps: int) -> None:
+        self.topk, self.spec_steps = topk, spec_steps
+        self._head, self._kv = head, head.new_kv(num_slots)
+
+    @property
+    def entries(self) -> int:
+        """Slots beyond a request's last entry that drafting writes to."""
+        return (self.spec_steps - 1) * self.topk
+
+    def extend(
+        self, tokens: Tensor, features: Tensor, lens: Tensor, slots: Tensor, counts: Tensor
+    ) -> Seed:
+        """Bring the head up to date with tokens that are settled.
+
+        Parameters
+        ----------
+        tokens : Tensor, int64, [bs, q]
+            The last is the root of the next tree.
+        features : Tensor, float, [bs, q, taps * hidden]
+            The target's, at the token before each.
+        lens : Tensor, int64, [bs]
+            Entries that the head has of each request: tokens before these, less one.
+        slots : Tensor, int64, [bs, context]
+        counts : Tensor, int64, [bs]
+            How many of the ``q`` are real.
+        """
+        fused = self._head.fuse(features)
+        logits, own = self._head.forward(
+            self._kv, tokens, fused, lens, slots, counts=counts, last=True
+        )
+        probs, drafted = self._likeliest(logits)
+        return Seed(probs[:, 0], drafted[:, 0], own[:, 0])
+
+    def draft(
+        self, seed: Seed, roots: Tensor, lens: Tensor, slots: Tensor, num_draft_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run ahead, and keep the likeliest nodes.
+
+        Parameters
+        ----------
+        seed : Seed
+        roots : Tensor, int64, [bs]
+        lens : Tensor, int64, [bs]
+            Entries that the head has, and the target before the root.
+        slots : Tensor, int64, [bs, context]
+            With room for :attr:`entries` more.
+        num_draft_tokens : int
+            Nodes of the tree, the root included.
+
+        Returns
+        -------
+        draft_tokens, parents : Tensor, int64, [bs, num_draft_tokens]
+            As :func:`hwcore.speculative.build_tree` takes them.
+        """
+        steps = DraftSteps(self.topk)
+        beam = steps.first(seed.probs, seed.tokens)
+        bs, device = len(roots), roots.device
+        features = seed.features.unsqueeze(1).expand(-1, self.topk, -1)
+        itself = torch.eye(self.topk, dtype=torch.bool, device=device).expand(bs, -1, -1)
+        sees = itself  # [bs, topk, drafted so far]: which of them each node of the beam follows
+        for step in range(self.spec_steps - 1):
+            depth = lens + step
+            logits, features = self._head.forward(
+                self._kv,
+                beam.tokens,
+                features,
+                depth_entries(lens, step, self.topk),
+                slots,
+                positions=depth.unsqueeze(1).expand(-1, self.topk),
+                tree_mask=sees,
+            )
+            beam = steps.next(*self._likeliest(logits))
+            origin = beam.origin.unsqueeze(2)
+            features = features.gather(1, origin.expand(-1, -1, features.shape[2]))
+            sees = torch.cat((sees.gather(1, origin.expand(-1, -1, sees.shape[2])), itself), dim=2)
+        return steps.organize(num_draft_tokens).with_root(roots)
+
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return probabilities and tokens ``[bs, q, topk]`` of the likeliest."""
+        probs, drafted = top_k(logits.softmax(dim=-1), self.topk)
+        return probs, self._head.draft_ids[drafted]
+
+
+def depth_entries(lens: Tensor, step: int, topk: int) -> Tensor:
+    """Return the entry ``[bs]`` from which on the nodes of a draft step are written."""
+    return lens + step * topk
