@@ -8,15 +8,27 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 """
 
 from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.drafts import (
+    Beam,
+    DraftResults,
+    DraftSteps,
+    organize_draft_results,
+    top_k,
+)
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.verify import VerifyResult, verify_greedy
 
 __all__ = [
+    "Beam",
     "CommitResult",
+    "DraftResults",
+    "DraftSteps",
     "DraftTree",
     "TreeMaskMode",
     "VerifyResult",
     "build_tree",
     "commit",
+    "organize_draft_results",
+    "top_k",
     "verify_greedy",
 ]
