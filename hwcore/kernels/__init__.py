@@ -5,8 +5,17 @@ whatever device the arguments live on. ``kernel`` chooses. Torch's own operation
 lack are reached through ``torch_ops``.
 """
 
+from hwcore.kernels.commit import commit_paths
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel
 from hwcore.kernels.torch_ops import torch_ops
+from hwcore.kernels.tree import build_tree
 
-__all__ = ["assert_and_invalidate", "gather_rows", "kernel", "torch_ops"]
+__all__ = [
+    "assert_and_invalidate",
+    "build_tree",
+    "commit_paths",
+    "gather_rows",
+    "kernel",
+    "torch_ops",
+]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_size, check_tensor
+from hwcore._checks import FLOATS, check_size, check_tensor
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from hwcore.kernels.torch_ops import TorchOps
 
 __all__ = ["Beam", "DraftResults", "DraftSteps", "organize_draft_results", "top_k"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def top_k(values: Tensor, topk: int, *, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
@@ -166,7 +164,7 @@ class DraftSteps:
         """
         where = "DraftSteps.first"
         form = [("bs", None), ("topk", self.topk)]
-        check_tensor(where, "probs", probs, _FLOATS, form)
+        check_tensor(where, "probs", probs, FLOATS, form)
         bs, device = probs.shape[0], probs.device
         form = [("bs", bs), ("topk", self.topk)]
         check_tensor(where, "tokens", tokens, (torch.int64,), form, device)
@@ -192,7 +190,7 @@ class DraftSteps:
             raise ArgumentValueError(message)
         (bs, _), device = self._beam.tokens.shape, self._beam.tokens.device
         form = [("bs", bs), ("topk", topk), ("topk", topk)]
-        check_tensor(where, "probs", probs, _FLOATS, form, device)
+        check_tensor(where, "probs", probs, FLOATS, form, device)
         check_tensor(where, "tokens", tokens, (torch.int64,), form, device)
         scores = self._beam.scores.unsqueeze(2) * _chances(probs)  # [bs, topk, topk]
         flat, proposed = scores.view(bs, -1), tokens.reshape(bs, -1)
@@ -376,12 +374,12 @@ def _check_lists(
     if len(set(lengths)) != 1 or not lengths[0]:
         expected, fix = "lists of one length, an entry a step", "Pass the lists of DraftSteps"
         raise ArgumentValueError(describe(where, "scores, tokens, parents", lengths, expected, fix))
-    check_tensor(where, "scores[0]", scores[0], _FLOATS, [("bs", None), ("1", 1), ("topk", None)])
+    check_tensor(where, "scores[0]", scores[0], FLOATS, [("bs", None), ("1", 1), ("topk", None)])
     (bs, _, topk), device = scores[0].shape, scores[0].device
     for step in range(len(scores)):
         beam = 1 if step == 0 else topk
         form = [("bs", bs), ("beam", beam), ("topk", topk)]
-        check_tensor(where, f"scores[{step}]", scores[step], _FLOATS, form, device)
+        check_tensor(where, f"scores[{step}]", scores[step], FLOATS, form, device)
         int64 = (torch.int64,)
         form = [("bs", bs), ("beam * topk", beam * topk)]
         check_tensor(where, f"tokens[{step}]", tokens[step], int64, form, device)
