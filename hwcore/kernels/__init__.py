@@ -6,6 +6,7 @@ lack are reached through ``torch_ops``.
 """
 
 from hwcore.kernels.commit import commit_paths
+from hwcore.kernels.mrope import mrope_positions
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel
 from hwcore.kernels.torch_ops import torch_ops
@@ -17,5 +18,6 @@ __all__ = [
     "commit_paths",
     "gather_rows",
     "kernel",
+    "mrope_positions",
     "torch_ops",
 ]

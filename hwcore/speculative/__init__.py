@@ -15,6 +15,7 @@ from hwcore.speculative.drafts import (
     organize_draft_results,
     top_k,
 )
+from hwcore.speculative.mrope import compute_spec_mrope_positions
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.verify import VerifyResult, verify_greedy
 
@@ -28,6 +29,7 @@ __all__ = [
     "VerifyResult",
     "build_tree",
     "commit",
+    "compute_spec_mrope_positions",
     "organize_draft_results",
     "top_k",
     "verify_greedy",
