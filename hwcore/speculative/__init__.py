@@ -17,6 +17,7 @@ from hwcore.speculative.drafts import (
 )
 from hwcore.speculative.mrope import compute_spec_mrope_positions
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
+from hwcore.speculative.tree_size import TreeSizer, measure_costs
 from hwcore.speculative.verify import VerifyResult, verify_greedy
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "DraftSteps",
     "DraftTree",
     "TreeMaskMode",
+    "TreeSizer",
     "VerifyResult",
     "build_tree",
     "commit",
     "compute_spec_mrope_positions",
+    "measure_costs",
     "organize_draft_results",
     "top_k",
     "verify_greedy",

@@ -232,12 +232,16 @@ class DraftResults:
     selected_index : Tensor, int64, [bs, num_draft_tokens - 1]
         The chosen candidates, ascending.
     draft_tokens : Tensor, int64, [bs, num_draft_tokens - 1]
+    ranks : Tensor, int64, [bs, num_draft_tokens]
+        How many of the nodes score higher; the root, whose rank is 0, included. Those of rank below
+        ``n`` are the tree of ``n`` nodes.
     topk : int
     """
 
     parent_list: Tensor
     selected_index: Tensor
     draft_tokens: Tensor
+    ranks: Tensor
     topk: int
     _backend: Backend
 
@@ -334,15 +338,16 @@ def organize_draft_results(
     listed = torch.cat(list(parents[:-1]), dim=1) if len(parents) > 1 else proposed[:, :0]
     if topk == 1:
         # A chain: its nodes are in order, and the likeliest are the first.
-        chosen = torch.arange(num_draft_tokens - 1, device=proposed.device).repeat(bs, 1)
+        ranks = torch.arange(num_draft_tokens, device=proposed.device).repeat(bs, 1)
         drafted = proposed[:, : num_draft_tokens - 1]
-        return DraftResults(listed, chosen, drafted, topk, backend)
+        return DraftResults(listed, ranks[:, :-1], drafted, ranks, topk, backend)
     with explains_missing(backend):
         worth = _worth(scores, parents, topk, ops)
         order = ops.sort(worth, dim=1, descending=True, stable=True).indices
-        chosen = ops.sort(order[:, : num_draft_tokens - 1], dim=1).values
+        chosen, place = ops.sort(order[:, : num_draft_tokens - 1], dim=1)
         drafted = ops.gather(proposed, 1, chosen)
-    return DraftResults(listed, chosen, drafted, topk, backend)
+    ranks = torch.cat((place.new_zeros(bs, 1), place + 1), dim=1)
+    return DraftResults(listed, chosen, drafted, ranks, topk, backend)
 
 
 def _worth(scores: Sequence[Tensor], parents: Sequence[Tensor], topk: int, ops: TorchOps) -> Tensor:
