@@ -60,9 +60,11 @@ OPERATORS = (
     "sum",
     "topk",
 )
-"""What a device may lack. Elementwise operations and copies are not here: without them it is none.
+"""What a device may lack. One whose name ends in ``_`` works in place, on its first argument.
 
-One whose name ends in ``_`` works in place, on its first argument.
+Not here, for without them it is no device: elementwise operations, views, what makes tensors
+(``zeros``, ``arange``, ``full``) and what copies them whole (``copy_``, ``clone``, ``cat``,
+``repeat``, padding).
 """
 
 
@@ -122,10 +124,10 @@ class TorchOps:
             if self.is_bound:
                 return
             lacking = _lacking(self._backend())
-            self.on_cpu.update({asked(name): 0 for name in lacking})
+            self.on_cpu.update(dict.fromkeys(lacking, 0))
             for name in OPERATORS:
                 on_cpu = functools.partial(self._run_on_cpu, name)
-                setattr(self, name, on_cpu if name in lacking else _torch(name))
+                setattr(self, name, on_cpu if asked(name) in lacking else _torch(name))
             self.is_bound = True
 
     def _first_call(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -195,11 +197,12 @@ class TorchOps:
 
 
 def _lacking(backend: Backend | None) -> list[str]:
-    """Ask a backend which operations are to run on the CPU."""
+    """Ask a backend which operators are to run on the CPU."""
     if backend is None:  # gone, and its operations were held
         return []
     probe = torch.empty(1, device=backend.device())
-    return [name for name in OPERATORS if backend.needs_cpu_fallback(probe, asked(name))]
+    names = dict.fromkeys(map(asked, OPERATORS))
+    return [name for name in names if backend.needs_cpu_fallback(probe, name)]
 
 
 def asked(name: str) -> str:
