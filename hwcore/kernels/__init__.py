@@ -6,7 +6,7 @@ lack are reached through ``torch_ops``, in an ``explains_missing`` block.
 """
 
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
-from hwcore.kernels.selection import kernel
+from hwcore.kernels.selection import kernel, references
 from hwcore.kernels.torch_ops import TorchOps, explain_missing, explains_missing, torch_ops
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "explains_missing",
     "gather_rows",
     "kernel",
+    "references",
     "torch_ops",
 ]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hwcore.backend import Backend
 
-__all__ = ["kernel"]
+__all__ = ["kernel", "references"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -43,6 +43,18 @@ def kernel(backend: Backend, reference: F) -> F:
         found = chosen.setdefault(name, found)  # of threads that come at once the first decides
     decided: F = found
     return decided
+
+
+def references() -> dict[str, Callable[..., Any]]:
+    """Return the portable references by the names that ``kernels()`` uses for them."""
+    import hwcore.kernels as package
+
+    helpers = (__name__, torch_ops.__module__)
+    return {
+        name: value
+        for name, value in sorted(vars(package).items())
+        if inspect.isfunction(value) and value.__module__ not in helpers
+    }
 
 
 def _marked(name: str, own: F) -> F:
