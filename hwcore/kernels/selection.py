@@ -49,7 +49,7 @@ def references() -> dict[str, Callable[..., Any]]:
     """Return the portable references by the names that ``kernels()`` uses for them."""
     import hwcore.kernels as package
 
-    helpers = (__name__, torch_ops.__module__)
+    helpers = (__name__, torch_ops.__module__)  # what is no operation
     return {
         name: value
         for name, value in sorted(vars(package).items())

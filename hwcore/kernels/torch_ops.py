@@ -13,10 +13,11 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from hwcore.errors import CapabilityError, CaptureError
 from hwcore.graphs.tape import is_capturing
+from hwcore.kernels.on_cpu import run_on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,31 +142,7 @@ class TorchOps:
         if device is None:
             return _torch(name)(*args, **kwargs)
         self._enter(asked(name))
-        originals: dict[int, torch.Tensor] = {}  # by the id of what stands in for each on the host
-
-        def stand_in(tensor: torch.Tensor, copy: Op = torch.Tensor.cpu) -> torch.Tensor:
-            made: torch.Tensor = copy(tensor)
-            originals[id(made)] = tensor
-            return made
-
-        out = kwargs.pop("out", None)
-        host_args, host_kwargs = tree_map_only(torch.Tensor, stand_in, (args, kwargs))
-        written = host_args[:1] if name.endswith("_") else ()
-        if out is not None:
-            # Of the same size and dtype: torch resizes it, or refuses it, as it does on a device.
-            empty = functools.partial(stand_in, copy=_empty_on_host)
-            host_kwargs["out"] = written = tree_map_only(torch.Tensor, empty, out)
-        result = _torch(name)(*host_args, **host_kwargs)
-        for tensor in tree_leaves(written):
-            original = originals[id(tensor)]
-            if original.shape != tensor.shape:
-                original.resize_(tensor.shape)
-            original.copy_(tensor)
-
-        def on_device(tensor: torch.Tensor) -> torch.Tensor:
-            return originals[id(tensor)] if id(tensor) in originals else tensor.to(device)
-
-        return tree_map_only(torch.Tensor, on_device, result)
+        return run_on_cpu(_torch(name), device, args, kwargs, in_place=name.endswith("_"))
 
     def _enter(self, operator: str) -> None:
         """Count a run on the CPU, and log the first; refuse it where a graph is captured."""
@@ -214,10 +191,6 @@ def _torch(name: str) -> Op:
     """Return torch's own: what works in place is a method only."""
     found: Op = getattr(torch, name, None) or getattr(torch.Tensor, name)
     return found
-
-
-def _empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, device="cpu")
 
 
 TORCH = TorchOps()

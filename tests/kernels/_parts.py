@@ -7,6 +7,7 @@ import inspect
 
 import torch
 
+from hwcore.graphs import BATCH, TOKENS, GraphRunner, Slot
 from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
 from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
 
@@ -40,6 +41,24 @@ def relay(backend, debug):
         map_.discard(batch)
         if debug:
             map_.check()
+    return seen
+
+
+# --- Graphs: of their own they copy and fill ------------------------------------------------------
+
+
+def graphs(backend):
+    """Replay padded batches, and run one eagerly; return the outputs."""
+    device = backend.device()
+    slots = {"x": Slot(torch.float32, (TOKENS,), fill=7), "y": Slot(torch.int64, (3, BATCH))}
+    seen = []
+    with GraphRunner(lambda x, y: x * 2, slots, [(4, 1), (2, 1)], backend=backend) as runner:
+        runner.capture()
+        for size in (4, 3, 1, 5):
+            x = torch.ones(size, device=device)
+            y = torch.ones(3, size, dtype=torch.int64, device=device)
+            got = runner.run({"x": x, "y": y}, (9,) * size, or_eager=True)
+            seen.append(got.clone())
     return seen
 
 
@@ -110,6 +129,7 @@ def step(backend):
 PARTS = {
     "relay": lambda backend: relay(backend, debug=False),
     "relay under debugging": lambda backend: relay(backend, debug=True),
+    "graphs": graphs,
     "speculative step": step,
 }
 

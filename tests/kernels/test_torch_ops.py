@@ -10,9 +10,10 @@ import torch
 
 from hwcore.errors import CaptureError
 from hwcore.graphs.tape import Tape
-from hwcore.kernels import kernel, torch_ops
+from hwcore.kernels import kernel, references, torch_ops
 from hwcore.kernels.torch_ops import OPERATORS, TORCH, TorchOps, asked
 from hwcore.testing.conformance.groups.cpu_fallback import CALLS
+from hwcore.testing.conformance.operations import OPERATIONS
 from hwcore.testing.sanitizer import Sanitizer
 
 from ._backends import answering
@@ -80,6 +81,10 @@ def test_a_reference_gets_the_operations_only_where_one_runs_on_the_cpu(hw, valu
     lacks, _ = answering(hw, on_cpu=["sum"])
     assert kernel(everything, reference) is reference
     assert kernel(lacks, reference)(values) is torch_ops(lacks)
+
+
+def test_the_conformance_kit_knows_every_reference():
+    assert {"gather_rows", "assert_and_invalidate"} <= references().keys() <= OPERATIONS.keys()
 
 
 def test_tensors_of_the_host_make_no_device_context(site, hw):
