@@ -20,17 +20,9 @@ from ._parts import PARTS, UNPORTED, step
 
 EVERY_DEVICE = {
     # what makes tensors
-    *("arange", "empty", "full", "full_like", "new_full", "ones", "ones_like", "scalar_tensor"),
-    *(
-        "empty_strided",
-        "lift_fresh",
-        "new_empty",
-        "zero_",
-        "fill_",
-        "zeros",
-        "zeros_like",
-        "new_zeros",
-    ),
+    *("arange", "empty", "empty_strided", "full", "full_like", "lift_fresh", "new_empty"),
+    *("new_full", "new_zeros", "ones", "ones_like", "scalar_tensor", "zeros", "zeros_like"),
+    *("fill_", "zero_"),
     # what copies them whole
     *("copy_", "_to_copy", "clone", "cat", "repeat", "constant_pad_nd", "_foreach_copy_"),
     "record_stream",
