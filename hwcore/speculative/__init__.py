@@ -8,15 +8,23 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 """
 
 from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
+from hwcore.speculative.sampling import verify_sampling
+from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
-from hwcore.speculative.verify import VerifyResult, verify_greedy
+from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 
 __all__ = [
     "CommitResult",
     "DraftTree",
+    "HostLogitProcessor",
+    "SamplingParams",
     "TreeMaskMode",
     "VerifyResult",
+    "VerifyStatus",
+    "WalkedRows",
     "build_tree",
     "commit",
     "verify_greedy",
+    "verify_sampling",
 ]
