@@ -11,6 +11,7 @@ from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel, references
 from hwcore.kernels.torch_ops import TorchOps, explain_missing, explains_missing, torch_ops
 from hwcore.kernels.tree import build_tree
+from hwcore.kernels.verify import verify_tree_greedy, verify_tree_sampling
 
 __all__ = [
     "TorchOps",
@@ -24,4 +25,6 @@ __all__ = [
     "mrope_positions",
     "references",
     "torch_ops",
+    "verify_tree_greedy",
+    "verify_tree_sampling",
 ]

@@ -55,6 +55,7 @@ OPERATORS = (
     "index_fill_",
     "index_select",
     "scatter_",
+    "scatter_add_",
     "searchsorted",
     "softmax",
     "sort",
@@ -101,6 +102,7 @@ class TorchOps:
     index_fill_: Op
     index_select: Op
     scatter_: Op
+    scatter_add_: Op
     searchsorted: Op
     softmax: Op
     sort: Op
