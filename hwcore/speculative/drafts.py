@@ -70,7 +70,7 @@ def _top_k(values: Tensor, topk: int, ops: TorchOps) -> tuple[Tensor, Tensor]:
     if topk == 1:
         best = ops.amax(known, dim=-1, keepdim=True)
         place = ops.argmax((known == best).to(torch.int8), dim=-1, keepdim=True)
-        return values.gather(-1, place), place
+        return ops.gather(values, -1, place), place
     # The values are certain, only the places are not. Ranks count from the front of each value.
     best = ops.topk(known, topk, dim=-1).values  # [..., topk], largest first
     last = best[..., -1:]
@@ -84,10 +84,10 @@ def _top_k(values: Tensor, topk: int, ops: TorchOps) -> tuple[Tensor, Tensor]:
     wanted = torch.arange(1, topk + 1, dtype=torch.int32, device=values.device)
     wanted = wanted.expand(*values.shape[:-1], topk).contiguous()
     places = ops.searchsorted(count, wanted)
-    found = known.gather(-1, places)
+    found = ops.gather(known, -1, places)
     order = ops.sort(found, dim=-1, descending=True, stable=True).indices
-    places = places.gather(-1, order)
-    return values.gather(-1, places), places
+    places = ops.gather(places, -1, order)
+    return ops.gather(values, -1, places), places
 
 
 @dataclass(frozen=True, eq=False, slots=True)

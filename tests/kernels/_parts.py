@@ -3,13 +3,21 @@
 A new part is one more entry of STEPS, or of PARTS.
 """
 
-import inspect
-
 import torch
 
 from hwcore.graphs import BATCH, TOKENS, GraphRunner, Slot
 from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
-from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+from hwcore.speculative import (
+    DraftSteps,
+    SamplingParams,
+    TreeMaskMode,
+    build_tree,
+    commit,
+    compute_spec_mrope_positions,
+    top_k,
+    verify_greedy,
+    verify_sampling,
+)
 
 SPEC = RelaySpec(pool_size=9, topk=2, hidden_size=3, draft_probs=(2, 3))
 
@@ -67,16 +75,26 @@ def graphs(backend):
 
 
 def _draft(state, backend):
-    parents = torch.tensor([[-1, 0, 0, 1, 1, 3], [-1, 0, 1, 2, 0, 4]], device=backend.device())
-    tokens = torch.tensor([[7, 1, 2, 3, 2, 0], [5, 4, 4, 1, 0, 2]], device=backend.device())
-    return {"draft_tokens": tokens, "parents": parents}
+    """Two steps of a head with two branches."""
+    generator = torch.Generator().manual_seed(4)
+    first = torch.rand(2, 1, 9, generator=generator).to(backend.device())
+    second = torch.rand(2, 2, 9, generator=generator).to(backend.device())
+    steps = DraftSteps(2, backend=backend)
+    probs, tokens = top_k(first, 2, backend=backend)
+    steps.first(probs[:, 0], tokens[:, 0])
+    steps.next(*top_k(second, 2, backend=backend))
+    results = steps.organize(6)
+    tokens, parents = results.with_root(torch.tensor([7, 5], device=backend.device()))
+    found = {"draft_tokens": tokens % 8, "parents": parents, "ranks": results.ranks}
+    return found | {"likeliest": top_k(second, 1, backend=backend)}
 
 
 def _target(state, backend):
     """Logits of a target that agrees with some drafts: not a part of the core."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.rand(2, 6, 8, generator=generator)
-    logits[0, 0, 1] = logits[0, 1, 3] = logits[1, 0, 4] = 2.0
+    first = state["draft_tokens"][:, 1].tolist()  # agreed with
+    logits[0, 0, first[0]] = logits[1, 0, first[1]] = 2.0
     return {"logits": logits.to(backend.device())}
 
 
@@ -90,14 +108,28 @@ def _tree_in_every_mode(state, backend):
             spec_steps=3,
             tree_mask_mode=mode,
             seq_lens_sum=15,
-            **_on(build_tree, backend),
+            backend=backend,
         )
     return found
 
 
-def _verify(state, backend):
+def _verify_greedy(state, backend):
     tree = state["tree QLEN_ONLY"]
-    return {"verified": verify_greedy(tree, state["logits"], **_on(verify_greedy, backend))}
+    return {"verified": verify_greedy(tree, state["logits"], backend=backend)}
+
+
+def _verify_sampling(state, backend):
+    """With every filter, and one request that is greedy; coins from seeds."""
+    device, found = backend.device(), {}
+    params = SamplingParams.of([0.8, 0.0], [3, None], [0.9, None], [0.1, None], device=device)
+    seeds = torch.tensor([5, 6], device=device)
+    tree, logits = state["tree QLEN_ONLY"], state["logits"]
+    for name in ("params", "bare"):
+        if name == "bare":
+            params = SamplingParams.of([1.0, 1.0], device=device)
+        result = verify_sampling(tree, logits, params, seeds=seeds, backend=backend)
+        found[f"sampled {name}"] = result
+    return found
 
 
 def _commit(state, backend):
@@ -105,17 +137,25 @@ def _commit(state, backend):
     slots = torch.arange(100, 112, device=device).view(2, 6)
     lens = torch.tensor([11, 4], device=device)
     tree, result = state["tree QLEN_ONLY"], state["verified"]
-    return {"committed": commit(tree, result, lens, slots, **_on(commit, backend))}
+    hidden = torch.arange(12.0, device=device).view(12, 1)
+    done = commit(tree, result, lens, slots, hidden_states=hidden, backend=backend)
+    return {"committed": done}
 
 
-# What is still to come stands in the order in which a step runs it: the draft's own top-k and
-# organize_draft_results before the tree, verify_sampling and verify_chain beside verify_greedy,
-# mrope positions after commit.
-STEPS = [_draft, _target, _tree_in_every_mode, _verify, _commit]
+def _mrope(state, backend):
+    device = backend.device()
+    deltas, rows = torch.tensor([0, -3, 8], device=device), torch.tensor([2, 1], device=device)
+    positions = state["tree QLEN_ONLY"].positions
+    starts = torch.tensor([0, 5], device=device)
+    return {
+        "of trees": compute_spec_mrope_positions(deltas, rows, positions, backend=backend),
+        "of paths": compute_spec_mrope_positions(
+            deltas, rows, positions, starts=starts, backend=backend
+        ),
+    }
 
 
-def _on(function, backend):
-    return {"backend": backend} if "backend" in inspect.signature(function).parameters else {}
+STEPS = [_draft, _target, _tree_in_every_mode, _verify_greedy, _verify_sampling, _commit, _mrope]
 
 
 def step(backend):
@@ -132,8 +172,3 @@ PARTS = {
     "graphs": graphs,
     "speculative step": step,
 }
-
-# Functions that call torch directly still. Empty once each takes a backend.
-UNPORTED = [it.__name__ for it in (build_tree, verify_greedy, commit) if not _on(it, None)]
-if UNPORTED:
-    del PARTS["speculative step"]

@@ -16,15 +16,24 @@ from hwcore.kernels.torch_ops import OPERATORS, asked
 from hwcore.testing.sanitizer import Sanitizer
 
 from ._backends import answering
-from ._parts import PARTS, UNPORTED, step
+from ._parts import PARTS
 
 EVERY_DEVICE = {
     # what makes tensors
     *("arange", "empty", "empty_strided", "full", "full_like", "lift_fresh", "new_empty"),
-    *("new_full", "new_zeros", "ones", "ones_like", "scalar_tensor", "zeros", "zeros_like"),
+    *(
+        "empty_like",
+        "new_full",
+        "new_zeros",
+        "ones",
+        "ones_like",
+        "scalar_tensor",
+        "zeros",
+        "zeros_like",
+    ),
     *("fill_", "zero_"),
     # what copies them whole
-    *("copy_", "_to_copy", "clone", "cat", "repeat", "constant_pad_nd", "_foreach_copy_"),
+    *("copy_", "_to_copy", "clone", "cat", "stack", "repeat", "constant_pad_nd", "_foreach_copy_"),
     "record_stream",
     # elementwise, and not tagged so by torch
     "floor_divide",
@@ -74,10 +83,7 @@ def expected(hw):
 
 
 def users(uses, operator):
-    found = [name for name in PARTS if asked(operator) in uses[name]]
-    if not found and UNPORTED:
-        pytest.skip(f"its user may be one that is still to come: {', '.join(UNPORTED)}")
-    return found
+    return [name for name in PARTS if asked(operator) in uses[name]]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -154,15 +160,13 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("run", [*PARTS.values(), step], ids=[*PARTS, "speculative functions"])
+@pytest.mark.parametrize("run", PARTS.values(), ids=PARTS)
 def test_the_core_calls_nothing_that_a_device_may_lack_and_the_list_does_not_have(request, hw, run):
     on_device_only(request)
     with Watch(hw.info.device_type) as watch:
         run(hw)
     assert watch.seen
     known = {*map(asked, OPERATORS), *EVERY_DEVICE}
-    if "verify_greedy" in UNPORTED:
-        known.add("index")
     unknown = {
         func
         for func in watch.seen

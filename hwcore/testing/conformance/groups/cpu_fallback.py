@@ -39,6 +39,7 @@ CALLS: dict[str, Callable[[TorchOps, torch.Tensor], object]] = {
     "index_select": lambda ops, x: ops.index_select(x, 0, _rows(x)),
     "nonzero": lambda _, x: x.nonzero(),
     "scatter": lambda ops, x: ops.scatter_(torch.zeros_like(x), -1, _order(x), x),
+    "scatter_add": lambda ops, x: ops.scatter_add_(torch.zeros_like(x), -1, _order(x), x),
     "searchsorted": lambda ops, x: ops.searchsorted(x[1, :2].contiguous(), x),
     "softmax": lambda ops, x: ops.softmax(x, -1),
     "sort": lambda ops, x: ops.sort(x, -1),
