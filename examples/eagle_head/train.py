@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,36 +29,39 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_EXPORTS = 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9
+_EXPORT_EVERY = 500_000  # tokens seen
+_SAVE_EVERY_S, _MEASURE_EVERY_S = 300.0, 600.0
 
 
 @click.command()
-@click.option("--tokens", default=20_000_000, show_default=True, help="To be seen in all.")
+@click.option("--tokens", type=int, help="To be seen in all; sets the schedule.  [default: 20 M]")
+@click.option("--shards", type=int, help="Use only the first so many.  [default: all there are]")
 @click.option("--minutes", default=1e9, help="Stop after so long; the next run goes on.")
-@click.option("--shards", default=0, help="Use only the first so many.")
-@click.option("--draft-vocab", default=8192, show_default=True)
 @click.option("--name", default="run", show_default=True, help="Of the folder in the cache.")
 @click.option("--eager", is_flag=True, help="Do not compile: slower, but starts at once.")
-def main(
-    tokens: int, minutes: float, shards: int, draft_vocab: int, name: str, eager: bool
-) -> None:
-    """Train a head on the generated conversations, or go on with a run of the same name."""
+def main(tokens: int | None, shards: int | None, minutes: float, name: str, eager: bool) -> None:
+    """Train a head on the generated conversations, or go on with a run of the same name.
+
+    A run that goes on keeps its length and data unless told otherwise: fewer --tokens bring the
+    end of the schedule nearer. SIGTERM stops it after the current step.
+    """
     torch.set_num_threads(2)
     began, place = time.monotonic(), store.folder() / name
     place.mkdir(parents=True, exist_ok=True)
     config, state, _ = target.load(click.echo)
     embedding = state["model.embed_tokens.weight"].float().to(hwcore.current_backend().device())
-    training, data, held = _prepare(place, config, embedding, Settings(tokens, shards, draft_vocab))
-    _run(training, data, held, place, began, minutes * 60)
+    told = {"tokens": tokens, "shards": shards}
+    changed = {name: value for name, value in told.items() if value is not None}
+    training, data, held = _prepare(place, config, embedding, changed, not eager)
+    _run(training, data, held, place, began + minutes * 60)
 
 
 def _prepare(
-    place: Path, config: Any, embedding: Tensor, settings: Settings, compiled: bool
+    place: Path, config: Any, embedding: Tensor, changed: dict[str, Any], compiled: bool
 ) -> tuple[Training, Data, Data]:
     checkpoint = place / "checkpoint.pt"
     kept = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
-    if kept is not None:
-        settings = Settings(**kept["settings"])
+    settings = Settings(**((kept["settings"] if kept else {}) | changed))
     paths = store.shards(store.folder())
     settings = Settings(**(asdict(settings) | {"shards": settings.shards or len(paths)}))
     output = embedding.bfloat16()
@@ -79,39 +84,45 @@ def _prepare(
     return training, data, held
 
 
-def _run(
-    training: Training, data: Data, held: Data, place: Path, began: float, seconds: float
-) -> None:
+def _run(training: Training, data: Data, held: Data, place: Path, until: float) -> None:
     log = place / "log.jsonl"
-    saved = measured = float("-inf")
-    sums: list[list[float]] = []
-    since = time.monotonic(), training.seen
-    while training.done < 1 and time.monotonic() - began < seconds:
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    losses: list[list[float]] = []
+    since = saved = measured = time.monotonic()
+    seen = training.seen
+    while training.done < 1 and time.monotonic() < until and not stopped.is_set():
         store.wait_while_paused(store.folder())
-        before = training.done
-        sums.append(training.step(data))
+        before = training.seen
+        losses.append(training.step(data))
         now = time.monotonic()
-        if len(sums) == 25:
-            losses = [sum(column) / len(column) for column in zip(*sums, strict=False)]
-            rate = (training.seen - since[1]) / (now - since[0])
+        if len(losses) == 25:
+            loss = [sum(column) / len(column) for column in zip(*losses, strict=False)]
+            rate = (training.seen - seen) / (now - since)
             left = (training.settings.tokens - training.seen) / rate / 60
-            _note(log, training, loss=losses, tokens_per_s=rate, minutes_left=left)
-            sums, since = [], (now, training.seen)
-        if any(before < part <= training.done for part in _EXPORTS):
-            _export(training, place / f"export-{training.seen:010d}")
-        if now - measured > 600:
-            _note(log, training, **training.agreement(held))
-            plot.draw(log, place / "training.png")
+            _note(log, training, loss=loss, tokens_per_s=rate, minutes_left=left)
+            losses, since, seen = [], now, training.seen
+        if before // _EXPORT_EVERY < training.seen // _EXPORT_EVERY:
+            _export(training, place)
+        if now - measured > _MEASURE_EVERY_S:
+            _measure(training, held, place)
             measured = now
-        if now - saved > 300:
+        if now - saved > _SAVE_EVERY_S:
             store.save(training.state(), place / "checkpoint.pt")
             saved = now
     store.save(training.state(), place / "checkpoint.pt")
-    _note(log, training, **training.agreement(held))
-    _export(training, place / f"export-{training.seen:010d}")
+    if not stopped.is_set():
+        _measure(training, held, place)
+        _export(training, place)
 
 
-def _export(training: Training, folder: Path) -> None:
+def _measure(training: Training, held: Data, place: Path) -> None:
+    _note(place / "log.jsonl", training, **training.agreement(held))
+    plot.draw(place / "log.jsonl", place / "training.png")
+
+
+def _export(training: Training, place: Path) -> None:
+    folder = place / f"export-{training.seen:010d}"
     layout.save(folder, training.shape, training.exported(), training.draft_ids.cpu())
 
 

@@ -25,8 +25,8 @@ STEPS = 4
 class Settings:
     """What a run depends on besides its data; kept in its checkpoints."""
 
-    tokens: int  # to be seen in all: the schedule's length
-    shards: int
+    tokens: int = 20_000_000  # to be seen in all: the schedule's length
+    shards: int = 0  # 0: as many as there are
     draft_vocab: int = 8192
     rows: int = 12
     seed: int = 0
