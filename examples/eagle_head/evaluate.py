@@ -13,7 +13,7 @@ import click
 import torch
 
 import hwcore
-from examples.eagle_head import prompts, store
+from examples.eagle_head import plot, prompts
 from examples.eagle_head.drafter import Drafter
 from examples.eagle_head.head import EagleHead
 from examples.serving import weights as target
@@ -226,22 +226,30 @@ def _share(answers: Sequence[Decoded]) -> float:
 @click.argument("folders", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--tokens", default=128, show_default=True, help="Of an answer, at most.")
 @click.option("--every", default=1, show_default=True, help="Take every so many-th prompt.")
-@click.option("--run-name", default="run", show_default=True, help="Default: its exports.")
-def main(folders: tuple[Path, ...], tokens: int, every: int, run_name: str) -> None:
-    """Decode the held-out prompts in all ways, with each head; print figures as JSON lines."""
+@click.option("--out", type=click.Path(path_type=Path), default=Path("eagle-head"))
+def main(folders: tuple[Path, ...], tokens: int, every: int, out: Path) -> None:
+    """Decode the held-out prompts in all ways, with the head in each of the FOLDERS.
+
+    Figures go to OUT/evaluation.jsonl, and their course over training to OUT/accept_length.png.
+    """
     torch.set_num_threads(2)
+    out.mkdir(parents=True, exist_ok=True)
     config, state, tokenizer = target.load(click.echo)
     device = hwcore.current_backend().device()
     llama = Llama(config, state, device, 1024)
     embedding = state["model.embed_tokens.weight"].to(device)
     asked = prompts.held_out()[::every]
     plain: dict[str, Decoded] = {}
-    for folder in folders or sorted((store.folder() / run_name).glob("export-*")):
+    for folder in folders:
         head = EagleHead.load(folder, embedding, 1024)
         with torch.inference_mode():
             results = list(run(llama, head, tokenizer.encode, asked, tokens, plain))
-        for line in report(results):
-            click.echo(json.dumps({"head": folder.name, "tokens": tokens} | line))
+        with (out / "evaluation.jsonl").open("a") as file:
+            for line in report(results):
+                text = json.dumps({"head": folder.name, "tokens": tokens} | line)
+                click.echo(text)
+                file.write(text + "\n")
+    plot.accept_lengths(out / "evaluation.jsonl", out / "accept_length.png")
 
 
 if __name__ == "__main__":

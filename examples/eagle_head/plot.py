@@ -1,4 +1,4 @@
-"""The course of a training run as a picture."""
+"""The course of a training run as pictures."""
 
 from __future__ import annotations
 
@@ -32,4 +32,27 @@ def draw(log: Path, picture: Path) -> None:
         axes.legend(fontsize="small")
     loss.set_title("Loss on training data")
     agreement.set_title("Agreement with the target, held-out answers")
+    figure.savefig(picture, dpi=110)
+
+
+def accept_lengths(evaluation: Path, picture: Path) -> None:
+    """Draw the accept lengths of a run's exports over the tokens that they had seen.
+
+    An export's folder ends with that number; other heads are left out.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lines = [json.loads(line) for line in evaluation.read_text().splitlines()]
+    of_all = [line for line in lines if line["prompts"] == "all"]
+    points = [line for line in of_all if line["head"].rpartition("-")[2].isdigit()]
+    points.sort(key=lambda line: int(line["head"].rpartition("-")[2]))
+    seen = [int(line["head"].rpartition("-")[2]) / 1e6 for line in points]
+    for index, way in enumerate(("chain", "tree")):
+        lengths = [line[way]["accept_length"] for line in points]
+        low, high = ([line[way]["interval"][end] for line in points] for end in (0, 1))
+        axes.plot(seen, lengths, color=f"C{index}", marker="o", label=way)
+        axes.fill_between(seen, low, high, color=f"C{index}", alpha=0.2)
+    axes.set_xlabel("answer tokens seen, millions")
+    axes.set_ylabel("accept length, bonus included")
+    axes.legend()
     figure.savefig(picture, dpi=110)

@@ -200,11 +200,51 @@ def test_what_is_exported_loads_as_the_same_head(tmp_path, weights, draft_ids, e
     )
 
 
+@pytest.fixture(name="text")
+def _text():
+    return torch.randint(SHAPE.vocab, (1, 5)), torch.randn(1, 5, 3 * SHAPE.hidden)
+
+
 @pytest.fixture(name="drafter")
-def _drafter(head):
+def _drafter(head, text):
     drafter = Drafter(head, capacity=40)
-    drafter.extend(torch.randint(SHAPE.vocab, (1, 5)), torch.randn(1, 5, 3 * SHAPE.hidden))
+    drafter.extend(*text)
     return drafter
+
+
+def follow(head, text, path):
+    """Log probabilities of what follows a path of drafts, each run after the one before."""
+    tokens, features = text
+    kv, slots = head.new_kv(20), torch.arange(1, 20).unsqueeze(0)
+    logits, feature = head.forward(
+        kv, tokens, head.fuse(features), torch.tensor([0]), slots, last=True
+    )
+    for step, token in enumerate(path):
+        lens = torch.tensor([5 + step])
+        logits, feature = head.forward(kv, torch.tensor([[token]]), feature, lens, slots)
+    return logits[0, -1].log_softmax(-1)
+
+
+def test_a_tree_is_the_likeliest_paths_of_a_beam(head, text, drafter):
+    scored, beam = {}, {(): 0.0}
+    for _ in range(4):
+        grown = {}
+        for path, score in beam.items():
+            scores, chosen = follow(head, text, path).topk(3)
+            tokens = head.draft_ids[chosen].tolist()
+            for token, more in zip(tokens, scores.tolist(), strict=True):
+                grown[(*path, token)] = score + more
+        scored |= grown
+        beam = dict(sorted(grown.items(), key=lambda one: -one[1])[:3])
+    expected = sorted(scored, key=lambda path: -scored[path])[:11]
+
+    draft = drafter.tree(7, 4, topk=3, size=12)
+    paths = [()]
+    for token, parent in zip(draft.tokens[1:], draft.parents[1:], strict=True):
+        paths.append((*paths[parent], token))
+
+    assert draft.tokens[0] == 7
+    assert sorted(paths[1:]) == sorted(expected)
 
 
 def test_the_likeliest_path_of_a_tree_begins_as_the_chain(drafter):

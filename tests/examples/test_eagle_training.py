@@ -157,6 +157,16 @@ def test_draft_steps_do_not_count_across_the_end_of_an_answer():
     assert not batch.counts[3, 0, 25]
 
 
+def test_draft_steps_do_not_count_across_pieces():
+    pieces = [rows.Piece(document(index, 21, 0), torch.zeros(20), 0, 20, 0) for index in (1, 2)]
+    batch = rows.batch(SHAPE, torch.zeros(SHAPE.vocab, SHAPE.hidden), [pieces], STEPS)
+
+    for step in range(STEPS):
+        counted = batch.counts[step, 0].nonzero().flatten().tolist()
+        last = 20 - step - 1
+        assert counted == [*range(last), *range(20, 20 + last)]
+
+
 def test_the_losss_gradient_is_autograds():
     torch.manual_seed(1)
     x, head = torch.randn(700, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
