@@ -29,7 +29,8 @@ def draw(log: Path, picture: Path) -> None:
                 label=f"{name}, step {step + 1}",
             )
         axes.set_xlabel("answer tokens seen, millions")
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
     loss.set_title("Loss on training data")
     agreement.set_title("Agreement with the target, held-out answers")
     figure.savefig(picture, dpi=110)
