@@ -34,6 +34,7 @@ class Settings:
     rate: float = 1e-3
     decay: float = 0.8  # weight of a draft step, to the one before
     warm_up: int = 50  # iterations
+    deeper: tuple[int, int] = (500_000, 1_500_000)  # tokens seen before 3 and 4 steps are unrolled
 
     def rate_at(self, done: float, iteration: int) -> float:
         """Return the learning rates' factor after a part of the run: flat, then linear to 0."""
@@ -41,7 +42,7 @@ class Settings:
 
     def steps_at(self, seen: int) -> int:
         """Return how many draft steps are unrolled: the first ones are learnt first."""
-        return 2 if seen < 500_000 else 3 if seen < 1_500_000 else STEPS
+        return 2 + sum(seen >= bound for bound in self.deeper)
 
 
 class Data:

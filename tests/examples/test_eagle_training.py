@@ -52,7 +52,9 @@ def _embedding():
 
 
 def new_training(data, embedding, tokens=9000):
-    settings = Settings(tokens=tokens, shards=1, draft_vocab=30, rows=2, warm_up=3)
+    settings = Settings(
+        tokens=tokens, shards=1, draft_vocab=30, rows=2, warm_up=3, deeper=(1000, 2000)
+    )
     draft_ids = draft_vocabulary(data, SHAPE.vocab, SHAPE.draft_vocab)
     return Training(settings, SHAPE, embedding, draft_ids, feature_scale(data, SHAPE))
 
@@ -69,6 +71,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, embedding):
     rest = [second.step(data) for _ in range(7)]
 
     assert begun + rest == losses
+    assert {len(one) for one in begun} == {2, 3, 4}
     assert second.seen == through.seen
     for name, weight in through.weights.items():
         assert second.weights[name].equal(weight), name
