@@ -7,16 +7,23 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 ``W = spec_steps + 1`` bounds the path that one step can accept. Everywhere -1 means "none".
 """
 
+from hwcore.speculative.batch import VerifyBatch, VerifyStep
 from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.inputs import verify_slots
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.verify import VerifyResult, verify_greedy
+from hwcore.speculative.worker import EagleVerifyWorker
 
 __all__ = [
     "CommitResult",
     "DraftTree",
+    "EagleVerifyWorker",
     "TreeMaskMode",
+    "VerifyBatch",
     "VerifyResult",
+    "VerifyStep",
     "build_tree",
     "commit",
     "verify_greedy",
+    "verify_slots",
 ]
