@@ -10,20 +10,28 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 from hwcore.speculative.batch import VerifyBatch, VerifyStep
 from hwcore.speculative.commit import CommitResult, commit
 from hwcore.speculative.inputs import verify_slots
+from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
+from hwcore.speculative.sampling import verify_sampling
+from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
-from hwcore.speculative.verify import VerifyResult, verify_greedy
+from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 from hwcore.speculative.worker import EagleVerifyWorker
 
 __all__ = [
     "CommitResult",
     "DraftTree",
     "EagleVerifyWorker",
+    "HostLogitProcessor",
+    "SamplingParams",
     "TreeMaskMode",
     "VerifyBatch",
     "VerifyResult",
+    "VerifyStatus",
     "VerifyStep",
+    "WalkedRows",
     "build_tree",
     "commit",
     "verify_greedy",
+    "verify_sampling",
     "verify_slots",
 ]
