@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def may_read(tensor: torch.Tensor) -> bool:
     """Say whether a check may look at the values of ``tensor``."""
     return (tensor.device.type == "cpu" or debug_enabled()) and not is_capturing()

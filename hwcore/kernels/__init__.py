@@ -5,16 +5,22 @@ whatever device the arguments live on. ``kernel`` chooses. Torch's own operation
 lack are reached through ``torch_ops``.
 """
 
+from hwcore.kernels.commit import commit_paths
+from hwcore.kernels.mrope import mrope_positions
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel
 from hwcore.kernels.torch_ops import torch_ops
-from hwcore.kernels.verify import verify_tree_greedy, verify_tree_sampling
 
-__all__ = [
     "assert_and_invalidate",
+    "build_tree",
+    "commit_paths",
     "gather_rows",
     "kernel",
+    "mrope_positions",
     "torch_ops",
     "verify_tree_greedy",
     "verify_tree_sampling",
+__all__ = [
+from hwcore.kernels.tree import build_tree
+from hwcore.kernels.verify import verify_tree_greedy, verify_tree_sampling
 ]

@@ -9,7 +9,15 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 
 from hwcore.speculative.batch import VerifyBatch, VerifyStep
 from hwcore.speculative.commit import CommitResult, commit
+    Beam,
+    DraftResults,
+    DraftSteps,
+    organize_draft_results,
+    top_k,
+)
+from hwcore.speculative.drafts import (
 from hwcore.speculative.inputs import verify_slots
+from hwcore.speculative.mrope import compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
@@ -18,7 +26,10 @@ from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 from hwcore.speculative.worker import EagleVerifyWorker
 
 __all__ = [
+    "Beam",
     "CommitResult",
+    "DraftResults",
+    "DraftSteps",
     "DraftTree",
     "EagleVerifyWorker",
     "HostLogitProcessor",
@@ -31,6 +42,9 @@ __all__ = [
     "WalkedRows",
     "build_tree",
     "commit",
+    "compute_spec_mrope_positions",
+    "organize_draft_results",
+    "top_k",
     "verify_greedy",
     "verify_sampling",
     "verify_slots",
