@@ -10,7 +10,10 @@ from hwcore.kernels.mrope import mrope_positions
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel
 from hwcore.kernels.torch_ops import torch_ops
+from hwcore.kernels.tree import build_tree
+from hwcore.kernels.verify import verify_tree_greedy, verify_tree_sampling
 
+__all__ = [
     "assert_and_invalidate",
     "build_tree",
     "commit_paths",
@@ -20,7 +23,4 @@ from hwcore.kernels.torch_ops import torch_ops
     "torch_ops",
     "verify_tree_greedy",
     "verify_tree_sampling",
-__all__ = [
-from hwcore.kernels.tree import build_tree
-from hwcore.kernels.verify import verify_tree_greedy, verify_tree_sampling
 ]

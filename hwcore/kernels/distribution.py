@@ -14,7 +14,7 @@ import torch
 
 from hwcore.kernels.thresholds import reads_are_free, thresholds
 from hwcore.kernels.torch_ops import TORCH
-from hwcore.kernels.vocabulary import BLOCK, blocked, block_of, lowest_argmax
+from hwcore.kernels.vocabulary import BLOCK, block_of, blocked, lowest_argmax
 
 if TYPE_CHECKING:
     from torch import Tensor

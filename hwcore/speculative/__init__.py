@@ -9,13 +9,13 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 
 from hwcore.speculative.batch import VerifyBatch, VerifyStep
 from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.drafts import (
     Beam,
     DraftResults,
     DraftSteps,
     organize_draft_results,
     top_k,
 )
-from hwcore.speculative.drafts import (
 from hwcore.speculative.inputs import verify_slots
 from hwcore.speculative.mrope import compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
