@@ -17,7 +17,7 @@ from hwcore.speculative.drafts import (
     top_k,
 )
 from hwcore.speculative.inputs import verify_slots
-from hwcore.speculative.mrope import compute_spec_mrope_positions
+from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
@@ -33,6 +33,7 @@ __all__ = [
     "DraftTree",
     "EagleVerifyWorker",
     "HostLogitProcessor",
+    "MropeContext",
     "SamplingParams",
     "TreeMaskMode",
     "VerifyBatch",

@@ -11,10 +11,10 @@ import torch
 from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.overlap.relay import RelayPayload
+from hwcore.speculative.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
     from torch import Tensor
 
@@ -77,7 +77,7 @@ class VerifyBatch:
     seq_lens: Tensor
     host_seq_lens: tuple[int, ...]
     cache_locs: Tensor | None = None
-    sampling: Any = None
+    sampling: SamplingParams | None = None
     seeds: Tensor | None = None
     relayed: RelayPayload | None = None
     extra: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -103,12 +103,10 @@ class VerifyStep:
     tree : DraftTree
     result : VerifyResult
     commit : CommitResult
-        ``accept_tokens`` is what goes to the host.
+        ``accept_tokens`` is what goes to the host; ``hidden_states``, where the forward returns
+        any, are what the next draft goes on from.
     cache_locs : Tensor, int64, [bs, N], or None
         KV slot of each node, the padding slot for rows that were vacated.
-    hidden_states : Tensor, [bs, spec_steps + 1, hidden], or None
-        Of the accepted path, where the forward returns hidden states: what the next draft goes on
-        from. Own memory; past ``accept_lens`` they are the root's.
     replayed : bool
         A graph ran the forward.
     """
@@ -118,7 +116,6 @@ class VerifyStep:
     result: VerifyResult
     commit: CommitResult
     cache_locs: Tensor | None
-    hidden_states: Tensor | None
     replayed: bool
 
 
@@ -140,6 +137,12 @@ def check_batch(where: str, batch: VerifyBatch, device: torch.device) -> None:
     if batch.cache_locs is not None:
         form = [("bs", bs), ("N", n)]
         check_tensor(where, "batch.cache_locs", batch.cache_locs, int64, form, device)
+    if batch.sampling is not None:
+        check_instance(where, "batch.sampling", batch.sampling, SamplingParams, "SamplingParams.of")
+        batch.sampling.check(where, bs, device)
+        if batch.seeds is None and not batch.sampling.all_greedy:
+            expected, fix = "a seed for each request, for some are sampled", "Pass them"
+            raise ArgumentValueError(describe(where, "batch.seeds", None, expected, fix))
     if batch.seeds is not None:
         check_tensor(where, "batch.seeds", batch.seeds, int64, [("bs", bs)], device)
     if batch.relayed is not None:

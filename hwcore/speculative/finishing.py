@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hwcore._checks import check_size
 from hwcore.errors import ArgumentValueError, describe
+from hwcore.kernels import torch_ops
 from hwcore.overlap.relay import RelayPayload
 from hwcore.speculative.batch import VerifyStep
 from hwcore.speculative.commit import commit
 from hwcore.speculative.inputs import logits_and_hidden
+from hwcore.speculative.sampling import verify_sampling
+from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.verify import VerifyResult, verify_greedy
 
 if TYPE_CHECKING:
@@ -32,8 +37,8 @@ class Finisher:
 
     Attributes
     ----------
-    runs_on_host : bool
-        The logit processor does.
+    why_not_captured : str
+        What the logit processor says of graphs; empty if nothing.
     """
 
     def __init__(
@@ -59,8 +64,8 @@ class Finisher:
         self._draft_extend, self._move_kv = draft_extend, move_kv
         self._page_size, self._processor = page_size, processor
         self._thresholds = {"threshold_single": threshold_single, "threshold_acc": threshold_acc}
-        self._broadcast = broadcast
-        self.runs_on_host = bool(getattr(processor, "on_host", False))
+        self._broadcast, self._ops = broadcast, torch_ops(backend)
+        self.why_not_captured: str = getattr(processor, "why_not_captured", "")
 
     def finish(self, batch: VerifyBatch, inputs: Inputs, rows: Tensor, out: Any) -> VerifyStep:
         """Verify, commit, and move the KV entries of the accepted paths."""
@@ -73,7 +78,15 @@ class Finisher:
         if self._broadcast is not None:
             result = self._broadcast(result, bs, n, tree.spec_steps + 1, device)
         assert result is not None  # from here, or from rank 0
-        committed = commit(tree, result, batch.seq_lens, locs)
+        committed = commit(
+            tree,
+            result,
+            batch.seq_lens,
+            locs,
+            page_size=self._page_size,
+            hidden_states=hidden,
+            backend=self._hw,
+        )
         if self._move_kv is not None:
             if committed.kv_src is None or committed.kv_dst is None:
                 expected, fix = "the slots to move between", "Pass cache_locs, or req_to_token"
@@ -82,13 +95,40 @@ class Finisher:
                 )
             self._move_kv(committed.kv_src.view(-1), committed.kv_dst.view(-1))
         graph = inputs.graph is not None
-        return VerifyStep(rows, tree, result, committed, locs, hidden, graph)
+        return VerifyStep(rows, tree, result, committed, locs, graph)
 
     def payload(self, step: VerifyStep) -> RelayPayload:
         """Return what the next step of the batch starts from."""
         if self._draft_extend is not None:
             return self._draft_extend(step)
-        return RelayPayload(step.result.bonus_tokens)
+        last = None
+        if self._spec.hidden_size:
+            hidden = step.commit.hidden_states
+            if hidden is None:
+                expected, fix = "hidden states, for relay holds them", "Return (logits, hidden)"
+                raise ArgumentValueError(
+                    describe(self._where, "what forward returned", None, expected, fix)
+                )
+            at = (step.result.accept_lens.to(torch.int64) - 1).view(-1, 1, 1)
+            at = at.expand(-1, 1, hidden.shape[2])
+            last = self._ops.gather(hidden, 1, at).squeeze(1).to(self._spec.hidden_dtype)
+        return RelayPayload(step.result.bonus_tokens, hidden_states=last)
 
     def _verify(self, tree: DraftTree, logits: Tensor, batch: VerifyBatch) -> VerifyResult:
-        return verify_greedy(tree, logits)
+        params, seeds, processor = batch.sampling, batch.seeds, self._processor
+        if params is None:
+            if processor is None:
+                return verify_greedy(tree, logits, backend=self._hw)
+            bs, device = len(tree.draft_tokens), tree.draft_tokens.device
+            params = SamplingParams(torch.zeros(bs, device=device), all_greedy=True)
+        if seeds is None:  # nobody tosses a coin
+            seeds = torch.zeros(len(tree.draft_tokens), dtype=torch.int64, device=logits.device)
+        return verify_sampling(
+            tree,
+            logits,
+            params,
+            seeds=seeds,
+            processor=processor,
+            backend=self._hw,
+            **self._thresholds,
+        )

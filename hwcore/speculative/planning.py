@@ -15,6 +15,7 @@ from hwcore.kernels import torch_ops
 from hwcore.overlap import PlanStream
 from hwcore.overlap.checks import check_switch
 from hwcore.speculative.batch import check_locs, check_room
+from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _MROPE = "mrope_positions"
 
 
 def plan_stream_of(
-    where: str, backend: Backend, device: torch.device, plan_stream: bool | None, **more: Any
+    where: str, backend: Backend, device: torch.device, plan_stream: bool | None
 ) -> PlanStream:
     """Return a plan stream as the user and the backend's policy want it.
 
@@ -53,7 +54,7 @@ def plan_stream_of(
             f"disables: {policy.reason}; expected a backend that does not, or no such wish. {fix}."
         )
         raise CapabilityError(message)
-    return PlanStream(backend=backend, device=device, enabled=wanted, **more)
+    return PlanStream(backend=backend, device=device, enabled=wanted)
 
 
 class PreparedBatch:
@@ -136,6 +137,7 @@ class Planner:
         req_to_token: Tensor | None,
         mrope_deltas: Tensor | None,
         num_slots: int | None,
+        page_size: int,
         fence: StreamFence | None,
         plan_stream: bool | None,
     ) -> None:
@@ -151,15 +153,14 @@ class Planner:
                 )
         if mrope_deltas is not None:
             check_tensor(where, "mrope_deltas", mrope_deltas, (int64,), [("pool", None)], device)
-        self._where, self._runner, self._device = where, runner, device
+        self._where, self._hw, self._runner, self._device = where, backend, runner, device
+        self._page_size = page_size
         self._spec_steps, self._mask_mode = spec_steps, tree_mask_mode
         self._req_to_token, self._deltas, self._num_slots = req_to_token, mrope_deltas, num_slots
         self._ops = torch_ops(backend)
         pools = [pool for pool in (req_to_token, mrope_deltas) if pool is not None]
         self.fence = fence or StreamFence(backend, device, pools)
-        self.plan = plan_stream_of(
-            where, backend, device, plan_stream, recompute={_MROPE: self._recomputed_mrope}
-        )
+        self.plan = plan_stream_of(where, backend, device, plan_stream)
 
     def can_replay(self, batch: VerifyBatch) -> Verdict:
         """Say whether the runner has a graph for a batch."""
@@ -193,7 +194,10 @@ class Planner:
 
     def join(self, batch: VerifyBatch) -> Inputs:
         """Take over what was prepared, on the current stream."""
-        joined = self.plan.join(batch)
+        context = None
+        if self._deltas is not None:
+            context = MropeContext(self._deltas, batch.rows, self._hw)
+        joined = self.plan.join(context)
         out = joined.outputs
         by_name = {**out["inputs"], **joined.recomputed}
         return Inputs(out["tree"], by_name, out["graph"], joined.recomputed)
@@ -206,6 +210,7 @@ class Planner:
             spec_steps=self._spec_steps,
             tree_mask_mode=self._mask_mode,
             seq_lens_sum=batch.seq_lens_sum,
+            backend=self._hw,
         )
         inputs = {
             "draft_tokens": batch.draft_tokens,
@@ -224,11 +229,14 @@ class Planner:
             inputs["cache_locs"] = located
         if batch.has_positions:
             inputs["positions"] = tree.positions
-            if self._deltas is not None:
-                mrope = self._mrope(tree.positions, batch)
-                inputs[_MROPE] = mrope
-                if not batch.is_empty:
-                    outputs[_MROPE] = mrope  # where the join looks for what it computes again
+            if self._deltas is not None and batch.is_empty:
+                inputs[_MROPE] = tree.positions.new_zeros(3, tree.positions.shape[0])
+            elif self._deltas is not None:
+                # By these names the join looks for what it is to compute again.
+                outputs["positions"] = tree.positions
+                outputs[_MROPE] = inputs[_MROPE] = compute_spec_mrope_positions(
+                    self._deltas, batch.rows, tree.positions, backend=self._hw
+                )
         outputs.update(tree=tree, inputs=inputs)
         outputs["graph"] = self._in_graph(batch, inputs) if verdict else None
 
@@ -243,21 +251,15 @@ class Planner:
 
     def _located(self, table: Tensor, batch: VerifyBatch) -> Tensor:
         """Return the slots of the nodes: the places of each row from its length on."""
-        bs, n = batch.draft_tokens.shape
         first = batch.rows.to(torch.int64) * table.shape[1] + batch.seq_lens
-        places = first.unsqueeze(1) + torch.arange(n, device=self._device)
+        places = first.unsqueeze(1) + torch.arange(batch.draft_tokens.shape[1], device=self._device)
         slots: Tensor = self._ops.index_select(table.view(-1), 0, places.view(-1))
-        return slots.view(bs, n).to(torch.int64)
+        slots = slots.view(places.shape).to(torch.int64)
+        return self.redirected(slots, batch, batch.rows == 0)
 
-    def _mrope(self, positions: Tensor, batch: VerifyBatch) -> Tensor:
-        """Return mrope positions, ``[3, bs * N]``; of nobody's rows zeros."""
-        bs, n = batch.draft_tokens.shape
-        if batch.is_empty:
-            return positions.new_zeros(3, bs * n)
-        assert self._deltas is not None  # the caller's condition
-        deltas = self._ops.index_select(self._deltas, 0, batch.rows).unsqueeze(1)
-        moved: Tensor = positions.view(bs, n) + deltas
-        return moved.view(1, -1).repeat(3, 1)
-
-    def _recomputed_mrope(self, outputs: Mapping[str, Any], context: VerifyBatch) -> Tensor:
-        return self._mrope(outputs["inputs"]["positions"], context)
+    def redirected(self, cache_locs: Tensor, batch: VerifyBatch, gone: Tensor) -> Tensor:
+        """Return KV slots with those of some requests in page 0, which is nobody's."""
+        node = torch.arange(cache_locs.shape[1], device=self._device)
+        # At its own place of the page, as a slot of any page would be.
+        place = (batch.seq_lens.unsqueeze(1) + node) % self._page_size
+        return torch.where(gone.unsqueeze(1), place, cache_locs)

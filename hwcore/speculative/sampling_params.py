@@ -179,7 +179,7 @@ def _tensor(name: str, values: Sequence[float | None], bs: int | None) -> Tensor
     numbers = []
     for request, value in enumerate(values):
         if value is None and name != "temperatures":
-            value = kind.everything  # noqa: PLW2901
+            value = kind.everything
         if isinstance(value, bool) or not isinstance(value, kinds):
             what = f"{name}[{request}]"
             raise ArgumentTypeError(describe(_OF, what, value, kind.expected, kind.fix))

@@ -187,6 +187,7 @@ class EagleVerifyWorker:
             req_to_token=req_to_token,
             mrope_deltas=mrope_deltas,
             num_slots=num_slots,
+            page_size=page_size,
             fence=fence,
             plan_stream=plan_stream,
         )
@@ -302,7 +303,7 @@ class EagleVerifyWorker:
         with self._putting_back(batch, prepared.vacated):
             with torch.no_grad(), self.fence.reading():
                 inputs = self._planner.join(batch)
-                rows = self._without_vacated(inputs, prepared.vacated)
+                rows = self._without_vacated(inputs, prepared)
                 out = self._run_forward(prepared, inputs)
             if batch.is_empty:
                 return None
@@ -366,9 +367,9 @@ class EagleVerifyWorker:
     # --- Parts ----------------------------------------------------------------------------------
 
     def _verdict(self, batch: VerifyBatch) -> Verdict:
-        if self._finisher.runs_on_host and not batch.is_empty:
-            reason = "the logit processor runs on the host, and is waited for in each step"
-            return Verdict(None, "processor", reason)
+        why_not = self._finisher.why_not_captured
+        if why_not and not batch.is_empty:
+            return Verdict(None, "processor", why_not)
         return self._planner.can_replay(batch)
 
     def _mark(self, batch: VerifyBatch, method: str) -> None:
@@ -376,17 +377,17 @@ class EagleVerifyWorker:
         self._planner.plan.mark()
         self._marked, self._vacated = batch, []
 
-    def _without_vacated(self, inputs: Inputs, vacated: Sequence[int]) -> Tensor:
+    def _without_vacated(self, inputs: Inputs, prepared: PreparedBatch) -> Tensor:
         """Take the rows that were given back out of the inputs; return the rows that are left."""
-        rows = inputs.by_name["rows"]
-        gone = _are_in(rows, vacated)
+        rows, batch = inputs.by_name["rows"], prepared.batch
+        gone = _are_in(rows, prepared.vacated)
         if gone is None:
             return rows
         rows = rows.masked_fill(gone, _PADDING)
         inputs.replace("rows", rows)
         if "cache_locs" in inputs.by_name:
-            locs = inputs.by_name["cache_locs"].masked_fill(gone.unsqueeze(1), _PADDING)
-            inputs.replace("cache_locs", locs)
+            locs = inputs.by_name["cache_locs"]
+            inputs.replace("cache_locs", self._planner.redirected(locs, batch, gone))
         return rows
 
     def _run_forward(self, prepared: PreparedBatch, inputs: Inputs) -> Any:
