@@ -63,7 +63,7 @@ class Finisher:
         self._where, self._hw, self._spec = where, backend, spec
         self._draft_extend, self._move_kv = draft_extend, move_kv
         self._page_size, self._processor = page_size, processor
-        self._thresholds = {"threshold_single": threshold_single, "threshold_acc": threshold_acc}
+        self._threshold_single, self._threshold_acc = threshold_single, threshold_acc
         self._broadcast, self._ops = broadcast, torch_ops(backend)
         self.why_not_captured: str = getattr(processor, "why_not_captured", "")
 
@@ -130,5 +130,6 @@ class Finisher:
             seeds=seeds,
             processor=processor,
             backend=self._hw,
-            **self._thresholds,
+            threshold_single=self._threshold_single,
+            threshold_acc=self._threshold_acc,
         )

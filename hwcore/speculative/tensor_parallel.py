@@ -92,8 +92,8 @@ class ResultBroadcast:
             )
             raise CaptureError(message)
         if self.is_source and result is not None:
-            parts = (result.predict, result.accept_index, result.accept_lens)
-            parts += (result.bonus_tokens, result.status)
+            parts = [result.predict, result.accept_index, result.accept_lens]
+            parts += [result.bonus_tokens, result.status]
             packed = torch.cat([part.reshape(-1).to(torch.int64) for part in parts])
         else:
             packed = torch.empty(sum(sizes), dtype=torch.int64, device=device)

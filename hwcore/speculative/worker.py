@@ -129,6 +129,8 @@ class EagleVerifyWorker:
         on whatever stream; the plan stream and the forward read them in blocks of it.
     plan_stream_active : bool
         What was decided.
+    host_syncs : int
+        How often the host has waited for the device on the group's account.
 
     Raises
     ------
@@ -193,6 +195,7 @@ class EagleVerifyWorker:
         )
         self.fence = self._planner.fence
         self.plan_stream_active = self._planner.plan.enabled
+        self._broadcast = None if group is None else ResultBroadcast(group, hw, timeout_s)
         self._finisher = Finisher(
             _WHERE,
             hw,
@@ -203,7 +206,7 @@ class EagleVerifyWorker:
             threshold_single=threshold_single,
             threshold_acc=threshold_acc,
             processor=processor,
-            broadcast=None if group is None else ResultBroadcast(group, hw, timeout_s),
+            broadcast=self._broadcast,
         )
         self._marked: VerifyBatch | None = None
         self._pending: PreparedBatch | None = None
@@ -219,6 +222,10 @@ class EagleVerifyWorker:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+    @property
+    def host_syncs(self) -> int:
+        return 0 if self._broadcast is None else self._broadcast.host_syncs
 
     # --- A step ---------------------------------------------------------------------------------
 
