@@ -7,21 +7,18 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 ``W = spec_steps + 1`` bounds the path that one step can accept. Everywhere -1 means "none".
 """
 
+from hwcore.speculative.batch import VerifyBatch, VerifyStep
 from hwcore.speculative.commit import CommitResult, commit
-from hwcore.speculative.drafts import (
-    Beam,
-    DraftResults,
-    DraftSteps,
-    organize_draft_results,
-    top_k,
-)
-from hwcore.speculative.mrope import compute_spec_mrope_positions
+from hwcore.speculative.drafts import Beam, DraftResults, DraftSteps, organize_draft_results, top_k
+from hwcore.speculative.inputs import verify_slots
+from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.tree_size import TreeSizer, measure_costs
 from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
+from hwcore.speculative.worker import EagleVerifyWorker
 
 __all__ = [
     "Beam",
@@ -29,12 +26,16 @@ __all__ = [
     "DraftResults",
     "DraftSteps",
     "DraftTree",
+    "EagleVerifyWorker",
     "HostLogitProcessor",
+    "MropeContext",
     "SamplingParams",
     "TreeMaskMode",
     "TreeSizer",
+    "VerifyBatch",
     "VerifyResult",
     "VerifyStatus",
+    "VerifyStep",
     "WalkedRows",
     "build_tree",
     "commit",
@@ -44,4 +45,5 @@ __all__ = [
     "top_k",
     "verify_greedy",
     "verify_sampling",
+    "verify_slots",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,13 +11,16 @@ from hwcore._checks import check_tensor, check_values, may_read
 from hwcore.errors import ArgumentValueError, describe
 from hwcore.kernels import kernel, mrope_positions
 from hwcore.kernels.torch_ops import explains_missing
+from hwcore.overlap import recomputes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from hwcore.backend import Backend
 
-__all__ = ["compute_spec_mrope_positions"]
+__all__ = ["MropeContext", "compute_spec_mrope_positions"]
 
 _WHERE = "compute_spec_mrope_positions"
 
@@ -78,6 +82,31 @@ def compute_spec_mrope_positions(
     backend = backend or current_backend()
     with explains_missing(backend):
         return kernel(backend, mrope_positions)(deltas, rows, positions, starts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class MropeContext:
+    """What ``PlanStream.join`` is told of a batch, to compute ``mrope_positions`` again.
+
+    The block put ``positions`` and ``mrope_positions`` among its outputs.
+
+    Attributes
+    ----------
+    deltas, rows : Tensor
+        As :func:`compute_spec_mrope_positions` takes them.
+    backend : Backend or None
+    """
+
+    deltas: Tensor
+    rows: Tensor
+    backend: Backend | None = None
+
+
+@recomputes("mrope_positions")
+def _recompute(outputs: Mapping[str, Any], context: MropeContext) -> Tensor:
+    return compute_spec_mrope_positions(
+        context.deltas, context.rows, outputs["positions"], backend=context.backend
+    )
 
 
 def _check(deltas: Tensor, rows: Tensor, positions: Tensor, starts: Tensor | None) -> None:
