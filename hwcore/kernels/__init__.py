@@ -20,4 +20,6 @@ __all__ = [
     "kernel",
     "mrope_positions",
     "torch_ops",
+    "verify_tree_greedy",
+    "verify_tree_sampling",
 ]

@@ -37,6 +37,7 @@ OPERATORS = (
     "index_fill_",
     "index_select",
     "scatter_",
+    "scatter_add_",
     "searchsorted",
     "softmax",
     "sort",
@@ -69,6 +70,7 @@ class TorchOps:
     index_fill_: Op
     index_select: Op
     scatter_: Op
+    scatter_add_: Op
     searchsorted: Op
     softmax: Op
     sort: Op

@@ -16,9 +16,12 @@ from hwcore.speculative.drafts import (
     top_k,
 )
 from hwcore.speculative.mrope import compute_spec_mrope_positions
+from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
+from hwcore.speculative.sampling import verify_sampling
+from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.tree_size import TreeSizer, measure_costs
-from hwcore.speculative.verify import VerifyResult, verify_greedy
+from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 
 __all__ = [
     "Beam",
@@ -26,9 +29,13 @@ __all__ = [
     "DraftResults",
     "DraftSteps",
     "DraftTree",
+    "HostLogitProcessor",
+    "SamplingParams",
     "TreeMaskMode",
     "TreeSizer",
     "VerifyResult",
+    "VerifyStatus",
+    "WalkedRows",
     "build_tree",
     "commit",
     "compute_spec_mrope_positions",
@@ -36,4 +43,5 @@ __all__ = [
     "organize_draft_results",
     "top_k",
     "verify_greedy",
+    "verify_sampling",
 ]

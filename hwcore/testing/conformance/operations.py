@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwcore.kernels import assert_and_invalidate, gather_rows
-from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+from hwcore.kernels import (
+    assert_and_invalidate,
+    gather_rows,
+    verify_tree_greedy,
+    verify_tree_sampling,
+)
+from hwcore.speculative import DraftTree, TreeMaskMode, build_tree, commit, verify_greedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +89,32 @@ def _tree_inputs(generator: torch.Generator, bs: int) -> _Inputs:
 def _verify_inputs(generator: torch.Generator, bs: int) -> _Inputs:
     arguments, named = _tree_inputs(generator, bs)
     target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
-    return (build_tree(*arguments, **named), target), {}
+    return (*_links_of(build_tree(*arguments, **named)), target, _NODES - 1), {}
+
+
+def _links_of(tree: DraftTree) -> tuple[torch.Tensor, ...]:
+    links = tree.retrieve_next_token, tree.retrieve_next_sibling
+    return tree.draft_tokens, tree.parents, *links
+
+
+def _sampling_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    arguments, named = _tree_inputs(generator, bs)
+    logits = torch.randn(bs, _NODES, _VOCABULARY, generator=generator)
+    temperatures = torch.rand(bs, generator=generator) + 0.5
+    coins = torch.rand(2, bs, _NODES, generator=generator)
+    filters = (
+        torch.randint(1, _VOCABULARY + 1, (bs,), generator=generator),
+        torch.rand(bs, generator=generator) * 0.5 + 0.5,
+        torch.rand(bs, generator=generator) * 0.5,
+    )
+    # Each of them may be missing; a greedy request may be there.
+    missing = torch.randint(0, 2, (4,), generator=generator).tolist()
+    filters = tuple(None if gone else one for one, gone in zip(filters, missing, strict=False))
+    if missing[3]:
+        temperatures[:1] = 0
+    tree = build_tree(*arguments, **named)
+    rule = (1.0, 1.0, _NODES - 1, bool(missing[3]))
+    return (*_links_of(tree), logits, temperatures, *filters, *coins, *rule), {}
 
 
 def _commit_inputs(generator: torch.Generator, bs: int) -> _Inputs:
@@ -117,7 +147,8 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         Operation("build_tree", build_tree, _tree_inputs),
-        Operation("verify_greedy", verify_greedy, _verify_inputs),
+        Operation("verify_tree_greedy", verify_tree_greedy, _verify_inputs),
+        Operation("verify_tree_sampling", verify_tree_sampling, _sampling_inputs),
         Operation("commit", commit, _commit_inputs),
         Operation("gather_rows", gather_rows, _gather_inputs),
         Operation("assert_and_invalidate", assert_and_invalidate, _invalidate_inputs),
