@@ -7,6 +7,7 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 ``W = spec_steps + 1`` bounds the path that one step can accept. Everywhere -1 means "none".
 """
 
+from hwcore.speculative.coins import CoinPurpose, draw_coins
 from hwcore.speculative.commit import CommitResult, commit
 from hwcore.speculative.drafts import (
     Beam,
@@ -25,6 +26,7 @@ from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 
 __all__ = [
     "Beam",
+    "CoinPurpose",
     "CommitResult",
     "DraftResults",
     "DraftSteps",
@@ -39,6 +41,7 @@ __all__ = [
     "build_tree",
     "commit",
     "compute_spec_mrope_positions",
+    "draw_coins",
     "measure_costs",
     "organize_draft_results",
     "top_k",
