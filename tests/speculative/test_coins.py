@@ -166,6 +166,16 @@ def test_no_two_rows_of_coins_are_alike():
     assert pairs.numel() - pairs.unique().numel() < chance + 5 * math.sqrt(chance) + 1
 
 
+def test_seeds_an_increment_apart_do_not_share_a_shifted_stream():
+    """As they would if the seed were not mixed before positions are counted from it."""
+    increment = 0x9E3779B97F4A7C15 - WORD
+    seeds = ints([5, 5 + increment, 5 - increment])
+    coins = draw_coins(seeds, torch.arange(64).expand(3, -1), CoinPurpose.ACCEPT)
+    for shift in range(-3, 4):
+        for other in (1, 2):
+            assert (coins[0].roll(shift) == coins[other]).sum() < 3
+
+
 def test_a_captured_draw_follows_its_inputs(device):
     seeds, positions = ints([1, 2], device), ints([[3], [4]], device)
     tape = Tape()
