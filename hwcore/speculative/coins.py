@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["COIN_BITS", "CoinPurpose", "draw_coins"]
+__all__ = ["COIN_BITS", "CoinPurpose", "block_positions", "draw_coins"]
 
 _WHERE = "draw_coins"
 
@@ -85,6 +85,36 @@ def draw_coins(seeds: Tensor, positions: Tensor, purpose: CoinPurpose | _Several
     # The mixer's last step would change lower bits only.
     upper = _shifted(_mixed(state), 64 - COIN_BITS)
     return upper.to(torch.float32).mul_(2.0**-COIN_BITS)
+
+
+def block_positions(root_positions: Tensor, n: int) -> Tensor:
+    """Return positions for the coins of a block, in which the step counts as well.
+
+    Block verification decides by coins beyond the node where its walk ends, and so by the drafts
+    there. The next step comes to the same absolute positions again; with the same coins its result
+    would depend on what is known of them by then. Draft and accept coins of a block are therefore
+    keyed on the position of its root and the distance from it, as negative numbers, which are no
+    position. The coin of the token that the target draws itself is not one of them.
+
+    Parameters
+    ----------
+    root_positions : Tensor, int64 or int32, [bs]
+        Position of the last token emitted, in [0, 2^47).
+    n : int
+        Tokens of the block, at most 2^16.
+
+    Returns
+    -------
+    positions : Tensor, int64, [bs, n]
+        For :func:`draw_coins`; column ``k`` for the token ``k + 1`` after the root.
+
+    Notes
+    -----
+    Mutates: none. Host sync: no. Graph-safe: yes.
+    """
+    distance = torch.arange(n, device=root_positions.device)
+    # Times -2^16, for a product keeps its sign where a shift would be of its bits.
+    return root_positions.to(torch.int64).unsqueeze(1) * -(2**16) - 1 - distance
 
 
 def _signed(word: int) -> int:
