@@ -128,8 +128,14 @@ class TargetRows:
         def if_used(values: Tensor | None) -> Tensor | None:
             return None if values is None else of(values)
 
-        others = map(if_used, (params.top_ks, params.top_ps, params.min_ps))
-        return probabilities(logits, of(params.temperatures), *others, ops=self._ops)
+        return probabilities(
+            logits,
+            of(params.temperatures),
+            if_used(params.top_ks),
+            if_used(params.top_ps),
+            if_used(params.min_ps),
+            ops=self._ops,
+        )
 
 
 def _whole(batch: Tensor) -> Tensor:
