@@ -22,6 +22,7 @@ from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.draft_sampling import sample_drafts
+from hwcore.speculative.sampling import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.tree_size import TreeSizer, measure_costs
 from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy

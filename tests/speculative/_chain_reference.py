@@ -9,7 +9,7 @@ def probability(q):
 
 
 def draw(weights, coin):
-    """First index whose cumulated weight exceeds ``coin`` of the total; never one without weight."""
+    """First index whose cumulated weight exceeds ``coin`` of the total, among those with any."""
     total = math.fsum(weights)
     reached, last = 0.0, None
     for index, weight in enumerate(weights):
@@ -36,7 +36,7 @@ def walk(tokens, p, q, coins):
 
 
 def block_walk(tokens, p, q, coins):
-    """How many block verification accepts, and the joint ratio there: Sun et al. 2024, algorithm 2."""
+    """How many block verification accepts, and the joint ratio there: Sun et al. 2024."""
     ratio, accepted, ratio_there = 1.0, 0, 1.0
     for step, token in enumerate(tokens):
         theirs = probability(q[step][token])
