@@ -231,4 +231,4 @@ def by_block(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
         walks = ratio > 0
     if steps > 0:
         passes(steps - 1, ratio)
-    return accepted, torch.where(accepted == steps, 1.0, ratio_there)
+    return accepted, ratio_there

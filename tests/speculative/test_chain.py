@@ -255,6 +255,22 @@ def test_without_anything_left_over_the_token_is_drawn_from_the_target(device):
     assert result.bonus_tokens.tolist() == [0, 1, 2]
 
 
+def test_a_block_may_always_end_where_target_and_draft_agree(device):
+    """There is nothing left over there: the chance to end is 0 / 0, and the limit of it is 1."""
+    p = torch.tensor([0.5, 0.5, 0.0, 0.0], device=device)
+    result = verify_chain(
+        torch.tensor([[0, 1, 3]], device=device),
+        p.log().expand(1, 3, 4),
+        p.expand(1, 2, 4),
+        params(1, device),
+        coins=torch.full((1, 3), 0.99, device=device),
+        final_coins=torch.full((1,), 0.99, device=device),
+        block_verification=True,
+    )
+    assert result.accept_lens.tolist() == [2]
+    assert result.bonus_tokens.tolist() == [1]
+
+
 @BOTH
 def test_greedy_requests_ignore_what_was_drafted_and_with_which_coin(block, device):
     inputs = problem(9, 12, 4, 3, ["greedy"] * 12)
