@@ -11,6 +11,7 @@ from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel
 from hwcore.kernels.torch_ops import torch_ops
 from hwcore.kernels.tree import build_tree
+from hwcore.kernels.verify import verify_tree_greedy, verify_tree_sampling
 
 __all__ = [
     "assert_and_invalidate",

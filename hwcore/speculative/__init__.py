@@ -10,6 +10,7 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 from hwcore.speculative.chain import verify_chain
 from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
 from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.draft_sampling import sample_drafts
 from hwcore.speculative.drafts import (
     Beam,
     DraftResults,
@@ -21,8 +22,6 @@ from hwcore.speculative.mrope import compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
-from hwcore.speculative.draft_sampling import sample_drafts
-from hwcore.speculative.sampling import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 from hwcore.speculative.tree_size import TreeSizer, measure_costs
 from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy

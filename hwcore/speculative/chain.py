@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,16 +11,24 @@ from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
-from hwcore.speculative.chain_rules import Chain, TargetRows, by_block, by_token, leftover
+from hwcore.speculative.chain_rules import (
+    Chain,
+    TargetRows,
+    at_nodes,
+    by_block,
+    by_token,
+    leftover,
+)
 from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
 from hwcore.speculative.distribution import draw
-from hwcore.speculative.sampling import SamplingParams
+from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.verify import VerifyResult, VerifyStatus
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hwcore.backend import Backend
+    from hwcore.speculative.processors import LogitProcessor, WalkedRows
 
 __all__ = ["verify_chain"]
 
@@ -39,6 +48,7 @@ def verify_chain(
     coins: Tensor | None = None,
     final_coins: Tensor | None = None,
     block_verification: bool = False,
+    processor: LogitProcessor | None = None,
     backend: Backend | None = None,
 ) -> VerifyResult:
     """Accept a chain of sampled drafts as far as the target's distribution allows.
@@ -75,6 +85,10 @@ def verify_chain(
         Decide on the prefixes of the chain as a whole. Distributed alike, never fewer drafts in
         expectation, but every row of the chain is read. Drafts must then be sampled with the coins
         of :func:`block_positions`.
+    processor : callable, optional
+        Takes the :class:`WalkedRows` of a step and returns its logits changed, [k, V], before
+        temperature; called for each step, and on a device once more. ``p`` is then the processed
+        distribution. See :class:`HostLogitProcessor` for one that runs on the host.
     backend : Backend, optional
         Default the current one.
 
@@ -91,11 +105,16 @@ def verify_chain(
     ArgumentValueError
         If a shape does not fit, coins come from nowhere or from two sources, or a value is out of
         range (content: CPU arguments always, others under ``HWCORE_DEBUG=1``).
+    CaptureError
+        If a processor on the host is met while a graph is being captured.
+    CapabilityError
+        If the device lacks a torch operation, and its plugin said that it does not.
 
     Notes
     -----
     NaN, +inf or nothing but -inf in a row that is needed ends that request's walk there: status
-    INVALID_LOGITS, and some token of the vocabulary as its bonus. No other request is touched.
+    INVALID_LOGITS, bonus token V - 1. No other request changes by a bit. A block ends before such a
+    row if it can: of the shorter block all that is said above holds.
 
     Where ``p`` and ``q`` agree to the last bit, nothing is left over. Acceptance was certain there
     but for rounding, or the draft did not come from ``q``; the token is then drawn from ``p``, the
@@ -103,18 +122,19 @@ def verify_chain(
 
     Source: Leviathan et al. (2023), Sun et al. (2024), and the semantics of SGLang's chain kernel
     but for its fall to token ``V - 1`` by rounding. Mutates: none. Host sync: no (under
-    ``HWCORE_DEBUG=1`` yes). Graph-safe: yes.
+    ``HWCORE_DEBUG=1`` yes, and with a processor on the host). Graph-safe: yes, with a processor
+    that is.
     """
-    _check(candidates, logits, draft_probs, params)
+    _check(candidates, logits, draft_probs, params, processor)
     _check_coins(candidates, seq_lens, seeds, coins, final_coins)
     if may_read(logits):
         _check_content(candidates, logits.shape[2], seq_lens, coins, final_coins)
     backend = backend or current_backend()
     ops = torch_ops(backend)
-    bs, size = candidates.shape
+    size = candidates.shape[1]
     steps = size - 1
     greedy = params.temperatures == 0
-    with explains_missing(backend):
+    with explains_missing(backend), torch.no_grad():
         ends = None
         if seeds is not None and seq_lens is not None:
             coins, ends = _drawn(seeds, seq_lens, size, block_verification)
@@ -124,20 +144,29 @@ def verify_chain(
         chances = torch.where((chances > 0) & (chances <= 1), chances, 0.0)
         chances = torch.where(greedy.unsqueeze(1), 1.0, chances)
         chain = Chain(drafts, chances, coins, draft_probs, greedy, ops)
-        target = TargetRows(logits, params, ops)
+        checked = None if processor is None else functools.partial(_processed, processor)
+        target = TargetRows(candidates, logits, params, checked, ops)
         accepted, ratios = (by_block if block_verification else by_token)(chain, target)
         if ends is not None:
             final_coins = ops.gather(ends, 1, accepted.unsqueeze(1)).squeeze(1)
         probs, valid = target.after(accepted)
         if steps > 0:
-            request = torch.arange(bs, device=accepted.device)
-            drafted = draft_probs[request, accepted.clamp(max=steps - 1)]
+            drafted = at_nodes(draft_probs, accepted.clamp(max=steps - 1), ops)
             beyond = leftover(probs, drafted, ratios, greedy | (accepted == steps))
             some = ops.any(beyond > 0, 1, keepdim=True)
             probs = torch.where(some, beyond, probs)
         assert final_coins is not None
-        bonus = torch.where(valid, draw(probs, final_coins, ops), 0)
-    return _result(candidates, accepted, bonus, valid)
+        bonus = torch.where(valid, draw(probs, final_coins, ops), logits.shape[2] - 1)
+        return _result(candidates, accepted, bonus, valid)
+
+
+def _processed(processor: LogitProcessor, rows: WalkedRows) -> Tensor:
+    """Return what a processor makes of rows, checked."""
+    changed = processor(rows)
+    k, vocabulary = rows.logits.shape
+    name, form = "what the processor returned", [("k", k), ("V", vocabulary)]
+    check_tensor(_WHERE, name, changed, _F32, form, rows.logits.device)
+    return changed
 
 
 def _drawn(
@@ -160,7 +189,8 @@ def _result(candidates: Tensor, accepted: Tensor, bonus: Tensor, valid: Tensor) 
     bs, size = candidates.shape
     node = torch.arange(size, device=candidates.device)
     end = accepted.unsqueeze(1)
-    following = torch.where(node < end, candidates.roll(-1, 1), 0)
+    following = torch.cat([candidates[:, 1:], candidates[:, :1]], 1)
+    following = torch.where(node < end, following, 0)
     predict = torch.where(node == end, bonus.unsqueeze(1), following)
     flat = node + size * torch.arange(bs, device=candidates.device).unsqueeze(1)
     return VerifyResult(
@@ -172,7 +202,13 @@ def _result(candidates: Tensor, accepted: Tensor, bonus: Tensor, valid: Tensor) 
     )
 
 
-def _check(candidates: Tensor, logits: Tensor, draft_probs: Tensor, params: SamplingParams) -> None:
+def _check(
+    candidates: Tensor,
+    logits: Tensor,
+    draft_probs: Tensor,
+    params: SamplingParams,
+    processor: object,
+) -> None:
     check_tensor(_WHERE, "candidates", candidates, _INT64, [("bs", None), ("S", None)])
     (bs, size), device = candidates.shape, candidates.device
     if size == 0:
@@ -190,8 +226,10 @@ def _check(candidates: Tensor, logits: Tensor, draft_probs: Tensor, params: Samp
     form = [("bs", bs), ("S - 1", size - 1), ("V", vocabulary)]
     check_tensor(_WHERE, "draft_probs", draft_probs, _F32, form, device)
     check_instance(_WHERE, "params", params, SamplingParams, "SamplingParams.of")
-    form = [("bs", bs)]
-    check_tensor(_WHERE, "params.temperatures", params.temperatures, _F32, form, device)
+    params.check(_WHERE, bs, device)
+    if processor is not None and not callable(processor):
+        fix = "Pass a function of WalkedRows, or a HostLogitProcessor"
+        raise ArgumentTypeError(describe(_WHERE, "processor", processor, "a callable", fix))
 
 
 def _check_coins(
@@ -210,7 +248,7 @@ def _check_coins(
     if given not in (["seeds"], ["coins", "final_coins"]):
         fix = "Pass seeds and seq_lens, or coins and final_coins"
         expected = "either seeds, or coins and final_coins"
-        raise ArgumentTypeError(describe(_WHERE, "source of coins", given, expected, fix))
+        raise ArgumentValueError(describe(_WHERE, "the source of coins", given, expected, fix))
     if seeds is not None:
         check_tensor(_WHERE, "seeds", seeds, _INT64, [("bs", bs)], device)
         lengths = (torch.int64, torch.int32)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from hwcore.graphs.tape import is_capturing
+from hwcore.kernels.thresholds import reads_are_free
+from hwcore.kernels.vocabulary import blocked
 from hwcore.speculative.distribution import probabilities
+from hwcore.speculative.processors import WalkedRows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hwcore.kernels.torch_ops import TorchOps
-    from hwcore.speculative.sampling import SamplingParams
+    from hwcore.speculative.processors import LogitProcessor
+    from hwcore.speculative.sampling_params import SamplingParams
 
     Select: TypeAlias = Callable[[Tensor], Tensor]
     Measure: TypeAlias = Callable[[Tensor, Select], Tensor]
 
-__all__ = ["Chain", "TargetRows", "by_block", "by_token", "leftover"]
+__all__ = ["Chain", "TargetRows", "at_nodes", "by_block", "by_token", "leftover"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,7 +66,8 @@ class Chain:
         def measure(probs: Tensor, of_rows: Select) -> Tensor:
             drafted = of_rows(self.draft_probs[:, step])
             beyond = leftover(probs, drafted, of_rows(ratios), of_rows(self.greedy))
-            mass: Tensor = self.ops.sum(beyond, 1)
+            # In blocks, so that the order does not depend on the number of rows.
+            mass: Tensor = self.ops.sum(blocked(self.ops.sum, beyond), 1)
             return mass
 
         return measure
@@ -77,11 +81,20 @@ class TargetRows:
     the bit, for no row depends on those beside it.
     """
 
-    def __init__(self, logits: Tensor, params: SamplingParams, ops: TorchOps) -> None:
+    def __init__(
+        self,
+        candidates: Tensor,
+        logits: Tensor,
+        params: SamplingParams,
+        processor: LogitProcessor | None,
+        ops: TorchOps,
+    ) -> None:
+        self._candidates = candidates
         self._logits = logits
         self._params = params
+        self._processor = processor
         self._ops = ops
-        self._picks = logits.device.type == "cpu" and not is_capturing()
+        self._picks = reads_are_free(logits)
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def at(self, step: int, wanted: Tensor, *measures: Measure) -> list[Tensor]:
@@ -90,10 +103,12 @@ class TargetRows:
         A request that is not wanted may be left out; then it is invalid, and its measures are 0.
         """
         if not self._picks:
-            probs, valid = self._read(self._logits[:, step], None)
+            nodes = torch.where(wanted, step, 0)
+            probs, valid = self._read(self._logits[:, step], None, nodes, step)
             return [valid, *(measure(probs, _whole) for measure in measures)]
         rows = wanted.nonzero().squeeze(1)
-        probs, valid = self._read(self._logits[:, step].index_select(0, rows), rows)
+        logits = self._logits[:, step].index_select(0, rows)
+        probs, valid = self._read(logits, rows, torch.full_like(rows, step), step)
         self._kept[step] = rows, probs, valid
 
         def of_rows(whole: Tensor) -> Tensor:
@@ -106,9 +121,7 @@ class TargetRows:
         """Return the row after each request's own node: probabilities [bs, V], validity [bs]."""
         bs, size, vocabulary = self._logits.shape
         if not self._picks:
-            flat = torch.arange(bs, device=nodes.device) * size + nodes
-            found = self._ops.index_select(self._logits.reshape(-1, vocabulary), 0, flat)
-            return self._read(found, None)
+            return self._read(at_nodes(self._logits, nodes, self._ops), None, nodes, size - 1)
         self.at(size - 1, nodes == size - 1)
         probs = torch.empty(bs, vocabulary, dtype=torch.float32)
         valid = torch.empty(bs, dtype=torch.bool)
@@ -119,8 +132,13 @@ class TargetRows:
             valid.index_copy_(0, rows, kept_valid.index_select(0, here))
         return probs, valid
 
-    def _read(self, logits: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        params = self._params
+    def _read(
+        self, logits: Tensor, rows: Tensor | None, nodes: Tensor, deepest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return probabilities of logits, one row a request; ``rows`` None: of all requests.
+
+        ``nodes`` is where each path ends as a processor sees it, at most ``deepest``.
+        """
 
         def of(values: Tensor) -> Tensor:
             return values if rows is None else values.index_select(0, rows)
@@ -128,6 +146,14 @@ class TargetRows:
         def if_used(values: Tensor | None) -> Tensor | None:
             return None if values is None else of(values)
 
+        if self._processor is not None:
+            column = torch.arange(deepest + 1, device=nodes.device)
+            path = of(self._candidates)[:, : deepest + 1]
+            path = torch.where(column <= nodes.unsqueeze(1), path, -1)
+            requests = torch.arange(len(nodes), device=nodes.device) if rows is None else rows
+            logits = logits.to(torch.float32, copy=True)
+            logits = self._processor(WalkedRows(logits, requests, path))
+        params = self._params
         return probabilities(
             logits,
             of(params.temperatures),
@@ -136,6 +162,17 @@ class TargetRows:
             if_used(params.min_ps),
             ops=self._ops,
         )
+
+
+def at_nodes(values: Tensor, nodes: Tensor, ops: TorchOps) -> Tensor:
+    """Return the row at each request's own node, ``[bs, V]`` of ``[bs, n, V]``."""
+    bs, n, vocabulary = values.shape
+    if values.is_contiguous():
+        first = torch.arange(bs, device=nodes.device) * n
+        rows: Tensor = ops.index_select(values.view(-1, vocabulary), 0, first + nodes)
+    else:  # whatever its strides are, nothing but these rows is copied
+        rows = ops.gather(values, 1, nodes.view(-1, 1, 1).expand(-1, 1, vocabulary)).squeeze(1)
+    return rows
 
 
 def _whole(batch: Tensor) -> Tensor:

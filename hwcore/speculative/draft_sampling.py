@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_tensor
+from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.activation import current_backend
-from hwcore.errors import ArgumentTypeError, describe
+from hwcore.errors import ArgumentValueError, describe
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
 from hwcore.speculative.coins import CoinPurpose, draw_coins
 from hwcore.speculative.distribution import draw, probabilities
-from hwcore.speculative.sampling import SamplingParams
+from hwcore.speculative.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,10 +64,10 @@ def sample_drafts(
     Raises
     ------
     ArgumentTypeError
-        If an argument's type, dtype, rank or device is wrong, or coins come from nowhere or from
-        two sources.
+        If an argument's type, dtype, rank or device is wrong.
     ArgumentValueError
-        If a shape does not fit.
+        If a shape does not fit, coins come from nowhere or from two sources, or a parameter or coin
+        is out of range (content: CPU arguments always, others under ``HWCORE_DEBUG=1``).
 
     Notes
     -----
@@ -80,15 +80,20 @@ def sample_drafts(
         given = [name for name, one in (("seeds", seeds), ("coins", coins)) if one is not None]
         fix = "Pass seeds and positions, or coins"
         expected = "either seeds or coins"
-        raise ArgumentTypeError(describe(_WHERE, "source of coins", given, expected, fix))
+        raise ArgumentValueError(describe(_WHERE, "the source of coins", given, expected, fix))
+    params.check(_WHERE, logits.shape[0], device)
     if coins is not None:
         check_tensor(_WHERE, "coins", coins, (torch.float32,), form, device)
+        if may_read(coins):
+            bad = ~((coins >= 0) & (coins < 1))  # NaN is neither
+            fix = "Draw them with draw_coins"
+            check_values(_WHERE, "coins", coins, bad, "a coin in [0, 1)", fix)
     else:
         check_tensor(_WHERE, "seeds", seeds, (torch.int64,), form, device)
         check_tensor(_WHERE, "positions", positions, (torch.int64,), form, device)
     backend = backend or current_backend()
     ops = torch_ops(backend)
-    with explains_missing(backend):
+    with explains_missing(backend), torch.no_grad():
         if seeds is not None and positions is not None:
             coins = draw_coins(seeds, positions.unsqueeze(1), CoinPurpose.DRAFT).squeeze(1)
         assert coins is not None
