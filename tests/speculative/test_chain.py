@@ -3,9 +3,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import hwcore
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError
 from hwcore.graphs.tape import Tape
 from hwcore.speculative import (
     CoinPurpose,
+    HostLogitProcessor,
     SamplingParams,
     TreeMaskMode,
     VerifyStatus,
@@ -16,6 +19,7 @@ from hwcore.speculative import (
     sample_drafts,
     verify_chain,
 )
+from hwcore.speculative.distribution import probabilities
 
 from . import _chain_reference as slow
 from ._golden import load, names
@@ -381,6 +385,90 @@ def test_arguments_need_not_be_contiguous_and_are_left_as_they_are(block, device
         assert torch.equal(part.nan_to_num(9), held.nan_to_num(9))
 
 
+@BOTH
+def test_filters_shape_the_targets_distribution(block, device):
+    """Temperature, top-k, top-p and min-p, one of each and all of them: as if p were theirs."""
+    inputs = problem(16, 12, 4, 60, ["near", "plain", "nan"] * 4)
+    logits = inputs[1].log()
+    asked = SamplingParams.of(
+        [0.7, 1.0, 1.3] * 4,
+        top_ks=[-1, 5, 20, -1] * 3,
+        top_ps=[1.0, 1.0, 0.8, 0.9] * 3,
+        min_ps=[0.0, 0.1, 0.0] * 4,
+        device=device,
+    )
+    each = (asked.temperatures, asked.top_ks, asked.top_ps, asked.min_ps)
+    shaped = [probabilities(logits[:, node].to(device), *each)[0] for node in range(4)]
+    given = {"coins": inputs[4].to(device), "final_coins": inputs[5].to(device)}
+    arguments = inputs[0].to(device), inputs[2].to(device)
+
+    def verified(logits, sampling):
+        return tokens_of(
+            verify_chain(
+                arguments[0], logits, arguments[1], sampling, block_verification=block, **given
+            ),
+            4,
+        )
+
+    want = verified(torch.stack(shaped, 1).log(), params(12, device))
+    assert verified(logits.to(device), asked) == want
+    assert want != verified(logits.to(device), params(12, device))
+
+
+@BOTH
+def test_a_processor_decides_on_the_logits_by_the_path(block, device):
+    inputs = problem(17, 10, 4, 12, ["near", "greedy"] * 5)
+    logits = inputs[1].log()
+    # Nothing twice: each token of the path is forbidden from there on.
+    want = logits.clone()
+    for node in range(4):
+        path = inputs[0][:, : node + 1]
+        want[:, node] = want[:, node].scatter(1, path, -torch.inf)
+    seen = []
+
+    def no_repeats(rows):
+        assert rows.logits.dtype == torch.float32
+        seen.append((rows.requests.tolist(), rows.path_tokens.tolist()))
+        banned = torch.zeros_like(rows.logits)
+        for column in rows.path_tokens.t():
+            hit = torch.where(column >= 0, -torch.inf, 0.0).unsqueeze(1)
+            banned.scatter_(1, column.clamp(min=0).unsqueeze(1), hit)
+        return rows.logits.add_(banned)
+
+    got = run(inputs, device, block, logits=logits.to(device), processor=no_repeats)
+    clean = run(inputs, device, block, logits=want.to(device))
+    assert tokens_of(got, 4) == tokens_of(clean, 4)
+    assert torch.equal(logits, inputs[1].log())
+    for requests, paths in seen:
+        for request, path in zip(requests, paths, strict=True):
+            real = [token for token in path if token >= 0]
+            assert path == real + [-1] * (len(path) - len(real))
+            assert real == inputs[0][request, : len(real)].tolist()
+
+
+def test_a_processor_on_the_host_is_counted_as_a_wait(device):
+    inputs = problem(18, 4, 3, 12, ["near"] * 4)
+
+    def ban_zero(logits, requests, paths):
+        logits[:, 0] = -torch.inf
+        return logits
+
+    host = HostLogitProcessor(ban_zero)
+    got = run(inputs, device, False, logits=inputs[1].log().to(device), processor=host)
+    without = inputs[1].log()
+    without[:, :, 0] = -torch.inf
+    assert tokens_of(got, 3) == tokens_of(run(inputs, device, False, logits=without.to(device)), 3)
+    assert (host.host_syncs > 0) == (torch.device(device).type != "cpu")
+    static = [part.to(device) for part in (inputs[0], inputs[1].log(), inputs[2], *inputs[4:])]
+    sampling = params(4, device)
+    with pytest.raises(CaptureError, match="ban_zero"):
+        Tape().capture(
+            lambda: verify_chain(
+                *static[:3], sampling, coins=static[3], final_coins=static[4], processor=host
+            )
+        )
+
+
 # --- What it costs --------------------------------------------------------------------------------
 
 
@@ -520,3 +608,141 @@ def test_positions_of_a_block_are_no_others(device):
     assert torch.equal(
         block_positions(roots.clamp(max=9).int(), 3), block_positions(roots.clamp(max=9), 3)
     )
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def arguments(**changed):
+    given = {
+        "candidates": torch.tensor([[0, 1, 2], [3, 4, 0]]),
+        "logits": torch.zeros(2, 3, 5),
+        "draft_probs": torch.full((2, 2, 5), 0.2),
+        "params": SamplingParams.of([1.0, 0.0]),
+        "coins": torch.zeros(2, 3),
+        "final_coins": torch.zeros(2),
+    }
+    return {name: value for name, value in (given | changed).items() if value is not None}
+
+
+SEEDED = {
+    "coins": None,
+    "final_coins": None,
+    "seeds": torch.tensor([1, 2]),
+    "seq_lens": torch.tensor([3, 4]),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"candidates": [[0]]}, ArgumentTypeError, r"candidates got .*expected a tensor \[bs, S\]"),
+        (
+            {"candidates": torch.zeros(2, 0, dtype=torch.int64)},
+            ArgumentValueError,
+            r"candidates\.shape got \[2, 0\] .*S at least 1\. Give each request its root",
+        ),
+        (
+            {"candidates": torch.tensor([[0, 1, 2], [3, 5, 0]])},
+            ArgumentValueError,
+            r"candidates\[1, 1\] got 5 .*a token in \[0, 5\)",
+        ),
+        (
+            {"candidates": torch.tensor([[0, 1, 2], [3, -1, 0]])},
+            ArgumentValueError,
+            r"candidates\[1, 1\] got -1",
+        ),
+        ({"logits": torch.zeros(2, 2, 5)}, ArgumentValueError, r"logits\.shape got \[2, 2, 5\]"),
+        ({"logits": torch.zeros(2, 3, 0)}, ArgumentValueError, r"logits\.shape got .*V >= 1"),
+        ({"logits": torch.zeros(2, 3, 5).int()}, ArgumentTypeError, r"logits\.dtype got"),
+        ({"logits": torch.zeros(2, 3, 5, device="meta")}, ArgumentTypeError, r"logits\.device"),
+        (
+            {"draft_probs": torch.zeros(2, 3, 5)},
+            ArgumentValueError,
+            r"draft_probs\.shape got \[2, 3, 5\] .*expected \[bs=2, S - 1=2, V=5\]",
+        ),
+        ({"draft_probs": torch.zeros(2, 2, 5).half()}, ArgumentTypeError, r"draft_probs\.dtype"),
+        ({"params": 1.0}, ArgumentTypeError, r"params got 1\.0 .*Pass what SamplingParams\.of"),
+        (
+            {"params": SamplingParams.of([1.0])},
+            ArgumentValueError,
+            r"params\.temperatures\.shape got \[1\]",
+        ),
+        (
+            {"params": SamplingParams(torch.tensor([1.0, -1.0]))},
+            ArgumentValueError,
+            r"params\.temperatures\[1\] got -1\.0",
+        ),
+        ({"processor": 3}, ArgumentTypeError, r"processor got 3 .*expected a callable"),
+        (
+            {"processor": lambda rows: rows.logits[:, :2]},
+            ArgumentValueError,
+            r"what the processor returned\.shape got \[2, 2\]",
+        ),
+        ({"coins": None}, ArgumentValueError, r"the source of coins got \['final_coins'\]"),
+        (
+            {"final_coins": None},
+            ArgumentValueError,
+            r"the source of coins got \['coins'\] .*Pass s",
+        ),
+        (
+            {"seeds": torch.tensor([1, 2])},
+            ArgumentValueError,
+            r"the source of coins got \['seeds', ",
+        ),
+        ({"coins": torch.zeros(2, 2)}, ArgumentValueError, r"coins\.shape got \[2, 2\]"),
+        ({"coins": torch.zeros(2, 3).double()}, ArgumentTypeError, r"coins\.dtype got"),
+        ({"coins": torch.ones(2, 3)}, ArgumentValueError, r"coins\[0, 0\] got 1\.0 .*\[0, 1\)"),
+        (
+            {"final_coins": torch.tensor([0.0, float("nan")])},
+            ArgumentValueError,
+            r"final_coins\[1\] got nan",
+        ),
+        ({"final_coins": torch.zeros(2, 1)}, ArgumentTypeError, r"final_coins\.dim\(\) got 2"),
+        (SEEDED | {"seeds": torch.zeros(2)}, ArgumentTypeError, r"seeds\.dtype got"),
+        (SEEDED | {"seq_lens": None}, ArgumentTypeError, r"seq_lens got None .*expected a tensor"),
+        (
+            SEEDED | {"seq_lens": torch.tensor([3, -4])},
+            ArgumentValueError,
+            r"seq_lens\[1\] got -4 .*at least 0",
+        ),
+    ],
+)
+def test_verify_chain_names_what_is_wrong(changed, error, message):
+    with pytest.raises(error, match="^verify_chain: " + message):
+        verify_chain(**arguments(**changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"logits": torch.zeros(5)}, ArgumentTypeError, r"logits\.dim\(\) got 1"),
+        ({"params": None}, ArgumentTypeError, r"params got None"),
+        ({"params": SamplingParams.of([1.0])}, ArgumentValueError, r"params\.temperatures\.shape"),
+        ({"coins": None}, ArgumentValueError, r"the source of coins got \[\]"),
+        ({"coins": torch.ones(2)}, ArgumentValueError, r"coins\[0\] got 1\.0"),
+        ({"coins": None, "seeds": torch.tensor([1, 2])}, ArgumentTypeError, r"positions got None"),
+    ],
+)
+def test_sample_drafts_names_what_is_wrong(changed, error, message):
+    given = {
+        "logits": torch.zeros(2, 5),
+        "params": SamplingParams.of([1.0, 0.0]),
+        "coins": torch.zeros(2),
+    } | changed
+    with pytest.raises(error, match="^sample_drafts: " + message):
+        sample_drafts(given.pop("logits"), given.pop("params"), **given)
+
+
+def test_without_debugging_nothing_is_read_from_a_device(unread):
+    """A meta tensor has no values to read."""
+    result = verify_chain(
+        torch.zeros(2, 3, dtype=torch.int64, device=unread),
+        torch.zeros(2, 3, 5, device=unread),
+        torch.zeros(2, 2, 5, device=unread),
+        SamplingParams(torch.ones(2, device=unread)),
+        seeds=torch.zeros(2, dtype=torch.int64, device=unread),
+        seq_lens=torch.zeros(2, dtype=torch.int64, device=unread),
+        backend=hwcore.load_backend("cpu"),
+    )
+    assert result.predict.shape == (6,)
