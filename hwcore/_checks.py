@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def may_read(tensor: torch.Tensor) -> bool:
     """Say whether a check may look at the values of ``tensor``."""
     return (tensor.device.type == "cpu" or debug_enabled()) and not is_capturing()
@@ -81,6 +84,7 @@ def check_values(
     where: str, name: str, values: torch.Tensor, bad: torch.Tensor, expected: str, fix: str
 ) -> None:
     """Raise if the boolean ``bad`` is set anywhere, naming the first place and value there."""
+    bad = bad.cpu()  # it is read here anyway, and the device may lack what finds the place
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
         what = f"{name}[{', '.join(map(str, place))}]"

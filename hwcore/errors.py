@@ -17,6 +17,7 @@ __all__ = [
     "ConsumeOnceError",
     "ForkError",
     "HwcoreError",
+    "PeerError",
     "PluginDefinitionError",
     "PluginError",
     "PluginLoadError",
@@ -54,6 +55,10 @@ class CaptureError(HwcoreError, RuntimeError):
 
 class ClosedError(HwcoreError, RuntimeError):
     """An object was used after it was closed."""
+
+
+class PeerError(HwcoreError, ConnectionError):
+    """Another process of a group did not take part in a collective: it is gone, or hangs."""
 
 
 class ConsumeOnceError(HwcoreError, RuntimeError):

@@ -53,7 +53,7 @@ class Plan:
             index,
             own_message=index % 2 == 1,
             temperature=0.0 if pair % 2 else 0.8,
-            turns=2 if pair % 6 == 0 else 1,
+            turns=2 if pair // 2 % 6 == 0 else 1,
             longest_answer=320 if pair % 7 == 0 else 192,
             message=(8, 8, 16, 32, 64)[pair % 5],
         )

@@ -153,8 +153,9 @@ class Writer:
 
 @click.command()
 @click.option("--minutes", default=60.0, show_default=True, help="Stop after so long.")
+@click.option("--until", default=10**9, help="Stop once there are so many answer tokens in all.")
 @click.option("--held-out", is_flag=True, help="Answer the held-out prompts, greedily.")
-def main(minutes: float, held_out: bool) -> None:
+def main(minutes: float, until: int, held_out: bool) -> None:
     """Write conversations of the model with itself to the cache, shard by shard."""
     torch.set_num_threads(2)
     place = store.folder()
@@ -162,7 +163,7 @@ def main(minutes: float, held_out: bool) -> None:
         if held_out:
             _answer_held_out(place)
         else:
-            _fill(place, minutes * 60)
+            _fill(place, minutes * 60, until)
 
 
 def _decoder(bs: int, room: int) -> tuple[Step, Any]:
@@ -173,7 +174,7 @@ def _decoder(bs: int, room: int) -> tuple[Step, Any]:
     return Decoder(config, state, bs, room, TAPS).step, tokenizer
 
 
-def _fill(place: Path, seconds: float) -> None:
+def _fill(place: Path, seconds: float, until: int) -> None:
     step, tokenizer = _decoder(_BATCH, ROOM)
     generator = torch.Generator()
     writer = Writer(place, generator, every_s=150.0)
@@ -185,7 +186,8 @@ def _fill(place: Path, seconds: float) -> None:
             continue
         store.wait_while_paused(place)
         elapsed = time.monotonic() - began
-        if writer.due or elapsed >= seconds:
+        over = elapsed >= seconds or writer.answered >= until
+        if writer.due or over:
             writer.write()
             rate = (writer.answered - before) / elapsed
             left = max(0.0, seconds - elapsed)
@@ -194,7 +196,7 @@ def _fill(place: Path, seconds: float) -> None:
                 f"shards, {rate:.0f} a second; {left / 60:.0f} min left, "
                 f"about {writer.answered + rate * left:,.0f} then"
             )
-        if elapsed >= seconds:
+        if over:
             return
 
 

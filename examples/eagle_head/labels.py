@@ -54,7 +54,7 @@ def most_probable(document: store.Document, output: Tensor) -> Tensor:
     if not document.greedy:
         drawn = document.answer[1:]
         last = document.states[:, -output.shape[1] :][drawn].to(output.device)
-        found = [_argmax(part @ output.T) for part in last.split(_ROWS)]
+        found = [_argmax(part @ output.T) for part in torch.split(last, _ROWS)]
         best[drawn] = torch.cat(found).cpu() if found else best[drawn]
     return best
 

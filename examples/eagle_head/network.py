@@ -60,8 +60,8 @@ def unroll(shape: Shape, weights: Mapping[str, Tensor], text: Text, steps: int) 
             dim=-1,
         )
         query, key, value = (
-            functional.linear(inputs, weights[f"midlayer.self_attn.{name}_proj.weight"]).unflatten(
-                -1, (-1, shape.width)
+            functional.linear(inputs, weights[f"midlayer.self_attn.{name}_proj.weight"]).view(
+                *inputs.shape[:2], -1, shape.width
             )
             for name in "qkv"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,8 @@ import torch
 from examples.serving.weights import cache_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 
@@ -97,7 +98,7 @@ def read(paths: list[Path]) -> tuple[list[Document], list[int]]:
             continue
         size = sum(lengths) * shard["width"]
         states = torch.from_file(str(_states_path(path)), size=size, dtype=torch.bfloat16)
-        parts = states.view(-1, shard["width"]).split(lengths)
+        parts = torch.split(states.view(-1, shard["width"]), lengths)
         fields = ("indices", "tokens", "answer", "greedy", "messages")
         for index, tokens, answer, greedy, message, part in zip(
             *(shard[name] for name in fields), parts, strict=True

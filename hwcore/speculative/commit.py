@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_tensor, check_values, may_read
+from hwcore._checks import FLOATS, check_instance, check_size, check_tensor, check_values, may_read
+from hwcore.kernels import commit_paths, kernel
+from hwcore.kernels.torch_ops import explains_missing, torch_ops
 from hwcore.speculative.tree import DraftTree
 from hwcore.speculative.verify import VerifyResult
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hwcore.backend import Backend
+    from hwcore.kernels.torch_ops import TorchOps
 
 _WHERE = "commit"
 
@@ -31,22 +36,39 @@ class CommitResult:
         The last of them, whose KV entry the next step writes.
     new_seq_lens : Tensor, dtype of ``seq_lens``, [bs]
         ``seq_lens + accept_lens``: the root and the accepted drafts are now in the KV cache.
+    keep_lens : Tensor, int64, [bs]
+        How many of the tree's slots the request keeps once the moves are done, from the first on:
+        as many as ``accept_lens``, or to the end of the page that the last of them is in. The
+        others may be freed, whole pages all.
     kv_src, kv_dst : Tensor, int64, [bs, spec_steps + 1], or None
         Slots to copy from and to, so that the accepted path fills the request's first slots. Every
         entry may be executed: those past ``accept_lens`` copy the root's slot onto itself, a slot
         that the request keeps in any case. None without ``cache_locs``.
+    hidden_states : Tensor, dtype of those given, [bs, spec_steps + 1, hidden], or None
+        Of the accepted path, the root first: entry ``i`` belongs to the token before
+        ``accept_tokens[:, i]``. 0 past ``accept_lens``. None without ``hidden_states``.
     """
 
     accept_tokens: Tensor
     accept_lens: Tensor
     bonus_tokens: Tensor
     new_seq_lens: Tensor
+    keep_lens: Tensor
     kv_src: Tensor | None
     kv_dst: Tensor | None
+    hidden_states: Tensor | None
 
 
 def commit(
-    tree: DraftTree, result: VerifyResult, seq_lens: Tensor, cache_locs: Tensor | None = None
+    tree: DraftTree,
+    result: VerifyResult,
+    seq_lens: Tensor,
+    cache_locs: Tensor | None = None,
+    *,
+    page_size: int = 1,
+    pool_size: int | None = None,
+    hidden_states: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> CommitResult:
     """Turn a verified tree into emitted tokens, new lengths and a list of KV moves.
 
@@ -62,7 +84,16 @@ def commit(
     seq_lens : Tensor, int64 or int32, [bs]
         Tokens in the KV cache before the root, as given to :func:`build_tree`.
     cache_locs : Tensor, int64, [bs, N], optional
-        KV slot of each tree node; at least 0, no slot of a request twice.
+        KV slot of each tree node; at least 0, no slot of a request twice. Node ``i`` lies where
+        entry ``seq_lens + i`` of the request does: with pages, at that place of its page.
+    page_size : int
+        Slots of a page, which are taken and freed together.
+    pool_size : int, optional
+        Slots that there are: ``cache_locs`` must lie below it.
+    hidden_states : Tensor, float, [bs, N, hidden] or [bs * N, hidden], optional
+        The target's, at each node: what the next draft starts from.
+    backend : Backend, optional
+        By default the process's own.
 
     Returns
     -------
@@ -86,31 +117,45 @@ def commit(
     Source: SGLang's compaction after verify, which fails for ``N < spec_steps + 1``. Mutates: none.
     Host sync: no (under ``HWCORE_DEBUG=1`` yes). Graph-safe: yes.
     """
-    _check(tree, result, seq_lens, cache_locs)
-    bs, n = tree.draft_tokens.shape
-    device = tree.draft_tokens.device
-    accepted = result.accept_index >= 0  # [bs, W]
-    flat = result.accept_index.to(torch.int64).clamp(min=0)
-    tokens = result.predict.gather(0, flat.view(-1)).view_as(flat).to(torch.int64)
-    kv_src = kv_dst = None
-    if cache_locs is not None:
-        step = torch.arange(flat.shape[1], device=device)
-        first_row = (torch.arange(bs, device=device) * n).unsqueeze(1)
-        # Node 0, the root, stands in where the path has ended: it always moves onto itself.
-        kv_src = cache_locs.gather(1, torch.where(accepted, flat - first_row, 0))
-        kv_dst = cache_locs.gather(1, torch.where(accepted, step, 0))
+    from hwcore.activation import current_backend
+
+    _check(tree, result, seq_lens, cache_locs, page_size, pool_size, hidden_states)
+    backend = backend or current_backend()
+    hidden = None
+    with explains_missing(backend):
+        tokens, new_lens, keep_lens, kv_src, kv_dst = kernel(backend, commit_paths)(
+            result.predict, result.accept_index, result.accept_lens, seq_lens, cache_locs, page_size
+        )
+        if hidden_states is not None:
+            hidden = _of_path(hidden_states, result.accept_index, torch_ops(backend))
     return CommitResult(
-        accept_tokens=torch.where(accepted, tokens, -1),
+        accept_tokens=tokens,
         accept_lens=result.accept_lens,
         bonus_tokens=result.bonus_tokens,
-        new_seq_lens=seq_lens + result.accept_lens.to(seq_lens.dtype),
+        new_seq_lens=new_lens,
+        keep_lens=keep_lens,
         kv_src=kv_src,
         kv_dst=kv_dst,
+        hidden_states=hidden,
     )
 
 
+def _of_path(hidden_states: Tensor, accept_index: Tensor, ops: TorchOps) -> Tensor:
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    flat = accept_index.to(torch.int64).clamp(min=0)
+    picked = ops.index_select(rows, 0, flat.view(-1)).view(*flat.shape, rows.shape[1])
+    # Not a product with 0: what lies there may be NaN.
+    return torch.where((accept_index >= 0).unsqueeze(2), picked, 0)
+
+
 def _check(
-    tree: DraftTree, result: VerifyResult, seq_lens: Tensor, cache_locs: Tensor | None
+    tree: DraftTree,
+    result: VerifyResult,
+    seq_lens: Tensor,
+    cache_locs: Tensor | None,
+    page_size: int,
+    pool_size: int | None,
+    hidden_states: Tensor | None,
 ) -> None:
     check_instance(_WHERE, "tree", tree, DraftTree, "build_tree")
     check_instance(_WHERE, "result", result, VerifyResult, "verify_greedy")
@@ -125,13 +170,21 @@ def _check(
     check_tensor(_WHERE, "seq_lens", seq_lens, (*int64, *int32), [("bs", bs)], device)
     if cache_locs is not None:
         check_tensor(_WHERE, "cache_locs", cache_locs, int64, [("bs", bs), ("N", n)], device)
+    check_size(_WHERE, "page_size", page_size, 1, "Pass the slots of a page; 1: no pages")
+    if pool_size is not None:
+        check_size(_WHERE, "pool_size", pool_size, 1, "Pass the slots of the KV pool")
+    if hidden_states is not None:
+        flat = isinstance(hidden_states, torch.Tensor) and hidden_states.dim() == 2
+        nodes = [("bs * N", bs * n)] if flat else [("bs", bs), ("N", n)]
+        shape = [*nodes, ("hidden", None)]
+        check_tensor(_WHERE, "hidden_states", hidden_states, FLOATS, shape, device)
     if may_read(seq_lens):
-        _check_content(result, seq_lens, cache_locs, n)
+        _check_content(result, seq_lens, n)
+        if cache_locs is not None:
+            _check_slots(seq_lens, cache_locs, page_size, pool_size)
 
 
-def _check_content(
-    result: VerifyResult, seq_lens: Tensor, cache_locs: Tensor | None, n: int
-) -> None:
+def _check_content(result: VerifyResult, seq_lens: Tensor, n: int) -> None:
     fix = "Pass the lengths that build_tree got"
     check_values(_WHERE, "seq_lens", seq_lens, seq_lens < 0, "at least 0", fix)
     index = result.accept_index
@@ -145,6 +198,24 @@ def _check_content(
     lens, counted = result.accept_lens, (index >= 0).sum(1)
     expected = "the number of nodes in its row of accept_index"
     check_values(_WHERE, "result.accept_lens", lens, lens != counted, expected, fix)
-    if cache_locs is not None:
-        fix = "Pass the slots that the forward wrote the tree's KV entries to"
-        check_values(_WHERE, "cache_locs", cache_locs, cache_locs < 0, "at least 0", fix)
+
+
+def _check_slots(
+    seq_lens: Tensor, cache_locs: Tensor, page_size: int, pool_size: int | None
+) -> None:
+    fix = "Pass the slots that the forward wrote the tree's KV entries to"
+    bad = cache_locs < 0
+    check_values(_WHERE, "cache_locs", cache_locs, bad, "at least 0", fix)
+    if pool_size is not None:
+        expected = f"below {pool_size}, the slots of the pool"
+        check_values(_WHERE, "cache_locs", cache_locs, cache_locs >= pool_size, expected, fix)
+    if page_size == 1:
+        return
+    entry = seq_lens.to(torch.int64).unsqueeze(1) + torch.arange(
+        cache_locs.shape[1], device=cache_locs.device
+    )
+    bad = cache_locs % page_size != entry % page_size
+    # Within a page each slot follows the one before.
+    bad[:, 1:] |= (entry[:, 1:] % page_size != 0) & (cache_locs.diff(dim=1) != 1)
+    expected = f"the place of entry seq_lens + node in its page of {page_size}"
+    check_values(_WHERE, "cache_locs", cache_locs, bad, expected, fix)

@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hwcore import kernels
 from hwcore._checks import check_size, check_tensor, check_values, may_read
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.kernels import kernel
+from hwcore.kernels.torch_ops import explains_missing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwcore.backend import Backend
+
 _WHERE = "build_tree"
-_WORD_BITS = 32
+
+MAX_MASK_BYTES = 2**30
+"""What a FULL mask may take by default. Its bytes, prefix times N, are written at every step."""
 
 
 class TreeMaskMode(enum.IntEnum):
@@ -78,6 +85,8 @@ def build_tree(
     spec_steps: int | None = None,
     tree_mask_mode: TreeMaskMode = TreeMaskMode.FULL,
     seq_lens_sum: int | None = None,
+    max_mask_bytes: int = MAX_MASK_BYTES,
+    backend: Backend | None = None,
 ) -> DraftTree:
     """Build the mask, positions and links of a batch of draft trees from their parent pointers.
 
@@ -112,35 +121,41 @@ def build_tree(
     ArgumentTypeError
         If an argument's type, dtype, rank or device is wrong.
     ArgumentValueError
-        If a shape or size does not fit, ``seq_lens_sum`` is missing, or the content breaks the
-        rules above (content: CPU arguments always, others under ``HWCORE_DEBUG=1``).
+        If a shape or size does not fit, ``seq_lens_sum`` is missing, a FULL mask would be too
+        large, or the content breaks the rules above (content: CPU arguments always, others under
+        ``HWCORE_DEBUG=1``).
 
     Notes
     -----
     Source: the tree layouts of SGLang's ``build_tree_kernel_efficient``. Mutates: none. Host sync:
     no (under ``HWCORE_DEBUG=1`` yes). Graph-safe: yes, FULL excepted: its size follows the lengths.
     """
+    from hwcore.activation import current_backend
+
     _check_kinds(draft_tokens, parents, seq_lens, spec_steps, tree_mask_mode)
     bs, num_draft_tokens = draft_tokens.shape
     steps = num_draft_tokens - 1 if spec_steps is None else spec_steps
     readable = may_read(draft_tokens)
     if readable:
         _check_content(draft_tokens, parents, seq_lens)
-    lens = seq_lens.to(torch.int64)
-    depth, visible = _ancestry(parents, steps)
+    total = 0
+    if tree_mask_mode is TreeMaskMode.FULL:
+        total = _prefix_total(seq_lens, seq_lens_sum)
+        _check_mask_size(total, bs, num_draft_tokens, max_mask_bytes)
+    backend = backend or current_backend()
+    with explains_missing(backend):
+        positions, mask, next_token, next_sibling = kernel(backend, kernels.build_tree)(
+            parents, seq_lens, steps, int(tree_mask_mode), total
+        )
     if readable:
+        depth = positions - seq_lens.unsqueeze(1)
         expected = f"a node at most {steps} deep (spec_steps)"
         fix = "Raise spec_steps or prune the tree"
         check_values(_WHERE, "depth of node", depth, depth > steps, expected, fix)
-    if tree_mask_mode is TreeMaskMode.FULL:
-        mask = _full_mask(visible, lens, _prefix_total(seq_lens, seq_lens_sum))
-    else:
-        mask = visible if tree_mask_mode is TreeMaskMode.QLEN_ONLY else _packed(visible)
-    next_token, next_sibling = _links(parents)
     return DraftTree(
         draft_tokens=draft_tokens,
         parents=parents,
-        positions=(lens.unsqueeze(1) + depth).view(-1),
+        positions=positions.view(-1),
         tree_mask=mask,
         retrieve_index=torch.arange(bs * num_draft_tokens, device=parents.device).view_as(parents),
         retrieve_next_token=next_token,
@@ -150,64 +165,12 @@ def build_tree(
     )
 
 
-def _ancestry(parents: Tensor, spec_steps: int) -> tuple[Tensor, Tensor]:
-    """Return each node's depth ``[bs, N]`` and what it sees of the tree ``[bs, N, N]``.
-
-    Pointer doubling: after ``k`` rounds a node knows its ``2^k`` nearest ancestors, so the rounds
-    grow with the logarithm of the depth. A depth beyond the bound still comes out as larger.
-    """
-    bs, n = parents.shape
-    node = torch.arange(n, device=parents.device)
-    # Whoever has no parent points to itself: looking again at one's own row changes nothing.
-    jump = torch.where(parents < 0, node, parents)
-    depth = (parents >= 0).to(torch.int64)
-    visible = (node.unsqueeze(1) == node).repeat(bs, 1)  # [bs * N, N]
-    first_row = torch.arange(bs, device=parents.device).unsqueeze(1) * n
-    for _ in range(spec_steps.bit_length()):
-        visible = visible | visible.index_select(0, (jump + first_row).view(-1))
-        depth = depth + depth.gather(1, jump)
-        jump = jump.gather(1, jump)
-    return depth, visible.view(bs, n, n)
-
-
-def _links(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first child and the next sibling of every node, both ``[bs, N]``."""
-    bs, n = parents.shape
-    node = torch.arange(n, device=parents.device)
-    # Distinct keys: one sort puts siblings side by side, in index order, whatever its algorithm.
-    keys = torch.where(parents < 0, n, parents) * n + node
-    keys = keys.sort(dim=1).values
-    node, parent = keys % n, keys // n  # parent n: the parentless, at the end
-    opens = torch.ones_like(parent, dtype=torch.bool)
-    opens[:, 1:] = parent[:, 1:] != parent[:, :-1]
-    # Column n takes what nobody reads.
-    next_token = parents.new_full((bs, n + 1), -1)
-    next_token.scatter_(1, torch.where(opens, parent, n), node)
-    follows = ~opens[:, 1:] & (parent[:, 1:] < n)
-    next_sibling = torch.full_like(parents, -1)
-    next_sibling.scatter_(1, node[:, :-1], torch.where(follows, node[:, 1:], -1))
-    return next_token[:, :n].contiguous(), next_sibling
-
-
-def _full_mask(visible: Tensor, lens: Tensor, seq_lens_sum: int) -> Tensor:
-    """Return the flat mask: all visible, then each request's ``N x N`` block laid over it."""
-    bs, n, _ = visible.shape
-    node = torch.arange(n, device=visible.device)
-    width = lens + n  # [bs]; int64, as N * sum(width) passes 2^31 at ordinary long contexts
-    start = n * (width.cumsum(0) - width)
-    rows = start.view(-1, 1) + node * width.view(-1, 1) + lens.view(-1, 1)  # [bs, N]
-    index = rows.unsqueeze(2) + node
-    mask = torch.ones(n * (seq_lens_sum + bs * n), dtype=torch.bool, device=visible.device)
-    return mask.scatter_(0, index.view(-1), visible.reshape(-1))
-
-
-def _packed(visible: Tensor) -> Tensor:
-    """Return ``visible`` in bytes, lowest bit first."""
-    bs, n, _ = visible.shape
-    num_bytes = (1 if n <= 8 else 2) if n <= 16 else -(-n // _WORD_BITS) * (_WORD_BITS // 8)
-    bits = torch.nn.functional.pad(visible.to(torch.uint8), (0, 8 * num_bytes - n))
-    weight = 2 ** torch.arange(8, dtype=torch.uint8, device=visible.device)
-    return (bits.view(bs, n, num_bytes, 8) * weight).sum(-1, dtype=torch.uint8)
+def _check_mask_size(seq_lens_sum: int, bs: int, n: int, most: int) -> None:
+    size = n * (seq_lens_sum + bs * n)
+    if size > most:
+        expected = f"at most {most} bytes (max_mask_bytes)"
+        fix = "Use TreeMaskMode.QLEN_ONLY, whose mask does not grow with the prefix"
+        raise ArgumentValueError(describe(_WHERE, "size of the FULL mask", size, expected, fix))
 
 
 def _prefix_total(seq_lens: Tensor, seq_lens_sum: int | None) -> int:

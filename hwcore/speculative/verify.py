@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from hwcore._checks import check_instance, check_tensor, check_values, may_read
+from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.kernels.selection import kernel
+from hwcore.kernels.torch_ops import explains_missing
+from hwcore.kernels.verify import verify_tree_greedy
 from hwcore.speculative.tree import DraftTree
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwcore.backend import Backend
+
+__all__ = ["VerifyResult", "VerifyStatus", "check_logits", "check_tree", "verify_greedy"]
+
 _WHERE = "verify_greedy"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class VerifyStatus(enum.IntEnum):
+    """How the verification of one request went."""
+
+    OK = 0
+    INVALID_LOGITS = 1
+    """A row that the walk came to holds NaN or +inf, or nothing but -inf. The path before it is
+    good; the bonus token is V - 1, an arbitrary token of the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,12 +51,15 @@ class VerifyResult:
         Tokens to commit: accepted drafts and the bonus; in [1, spec_steps + 1].
     bonus_tokens : Tensor, int64, [bs]
         The target's own token after the last accepted node: the root of the next tree.
+    status : Tensor, int32, [bs]
+        A :class:`VerifyStatus` for each request.
     """
 
     predict: Tensor
     accept_index: Tensor
     accept_lens: Tensor
     bonus_tokens: Tensor
+    status: Tensor
 
     @property
     def num_correct_drafts(self) -> Tensor:
@@ -46,14 +67,17 @@ class VerifyResult:
         return self.accept_lens - 1
 
 
-def verify_greedy(tree: DraftTree, target: Tensor) -> VerifyResult:
+def verify_greedy(
+    tree: DraftTree, target: Tensor, *, backend: Backend | None = None
+) -> VerifyResult:
     """Accept the path of a draft tree on which every token is the target's own argmax.
 
     Called once a step, after the target's forward over the tree. Token for token it gives what
     decoding with that target one token at a time would give.
 
     From the root on, the walk moves to the first child, in index order, whose token is the
-    target's at the current node, and stops where there is none. Of equal siblings the first wins.
+    target's at the current node, and stops where there is none. Of equal logits the lowest token
+    is the target's; of equal siblings the first wins.
 
     Parameters
     ----------
@@ -63,6 +87,8 @@ def verify_greedy(tree: DraftTree, target: Tensor) -> VerifyResult:
         Either logits, float32, bfloat16, float16 or float64, [bs, N, vocab]: only the rows that
         the walk visits are read, ``spec_steps + 1`` of ``N`` at most. Or the target's token after
         each node, int64, [bs, N], in [0, 2^31). On the device of ``tree``.
+    backend : Backend, optional
+        Whose kernel runs, if it has one; by default the process's own.
 
     Returns
     -------
@@ -74,78 +100,90 @@ def verify_greedy(tree: DraftTree, target: Tensor) -> VerifyResult:
     ArgumentTypeError
         If an argument's type, dtype, rank or device is wrong.
     ArgumentValueError
-        If a shape does not fit, or a token is out of range (content: CPU arguments always, others
-        under ``HWCORE_DEBUG=1``).
+        If a shape does not fit, a token is out of range, or the tree's links are no tree's
+        (content: CPU arguments always, others under ``HWCORE_DEBUG=1``).
+    CapabilityError
+        If the device lacks a torch operation, and its plugin said that it does not.
 
     Notes
     -----
-    NaN in a request's logits may change that request's tokens, which stay within the vocabulary;
-    no other request is touched. Equal logits: the lowest token, on devices whose argmax says so.
+    NaN, +inf or nothing but -inf in a row that a request's walk comes to ends that walk, with
+    ``status`` saying so; no other request changes by a bit.
 
     Source: SGLang's ``verify_tree_greedy``. Mutates: none. Host sync: no (under ``HWCORE_DEBUG=1``
     yes). Graph-safe: yes; the number of steps is ``spec_steps``, whatever is accepted.
     """
     _check(tree, target)
-    bs, n = tree.draft_tokens.shape
-    device = tree.draft_tokens.device
-    request = torch.arange(bs, device=device)
-    first_row = (request * n).unsqueeze(1)
-    column = torch.arange(n, device=device)
-
-    def target_token(node: Tensor) -> Tensor:
-        """Return the target's token ``[bs, 1]`` after ``node [bs, 1]``."""
-        if target.is_floating_point():
-            return target[request, node.squeeze(1)].argmax(-1, keepdim=True)
-        return target.gather(1, node)
-
-    node = torch.zeros(bs, 1, dtype=torch.int64, device=device)
-    alive = torch.ones(bs, 1, dtype=torch.bool, device=device)
-    token = target_token(node)
-    predict = torch.zeros(bs, n, dtype=torch.int32, device=device)
-    predict.scatter_(1, node, token.to(torch.int32))
-    path = [first_row]
-    # A request whose walk has ended stays at its last node, whatever an argmax that is free to
-    # choose among equal logits says there the next time.
-    for _ in range(tree.spec_steps):
-        agrees = (tree.parents == node) & (tree.draft_tokens == token)  # [bs, N]
-        child = torch.where(agrees, column, n).amin(1, keepdim=True)
-        alive = alive & (child < n)
-        node = torch.where(alive, child, node)
-        path.append(torch.where(alive, first_row + node, -1))
-        token = target_token(node)
-        predict.scatter_(1, node, token.to(torch.int32))
-    accept_index = torch.cat(path, dim=1).to(torch.int32)
-    return VerifyResult(
-        predict=predict.view(-1),
-        accept_index=accept_index,
-        accept_lens=(accept_index >= 0).sum(1, dtype=torch.int32),
-        bonus_tokens=token.squeeze(1),
-    )
+    backend = backend or current_backend()
+    verify = kernel(backend, verify_tree_greedy)
+    with explains_missing(backend), torch.no_grad():
+        return VerifyResult(
+            *verify(
+                tree.draft_tokens,
+                tree.parents,
+                tree.retrieve_next_token,
+                tree.retrieve_next_sibling,
+                target,
+                tree.spec_steps,
+            )
+        )
 
 
 def _check(tree: DraftTree, target: object) -> None:
-    check_instance(_WHERE, "tree", tree, DraftTree, "build_tree")
-    bs, n = tree.draft_tokens.shape
-    device = tree.draft_tokens.device
+    check_tree(_WHERE, tree)
     if not isinstance(target, torch.Tensor):
         fix = "Pass the target's logits, or its token at each node"
         raise ArgumentTypeError(describe(_WHERE, "target", target, "a tensor", fix))
-    tokens = tree.draft_tokens
     if target.is_floating_point():
-        form = [("bs", bs), ("N", n), ("vocab", None)]
-        check_tensor(_WHERE, "target", target, _FLOATS, form, device)
-        vocab = target.shape[2]
-        if vocab == 0:
-            fix = "Pass the logits of a whole vocabulary"
-            got = list(target.shape)
-            raise ArgumentValueError(describe(_WHERE, "target.shape", got, "vocab >= 1", fix))
-        if may_read(tokens):
-            fix = "Draft with the target's own tokenizer"
-            expected = f"a token below {vocab}, the vocabulary of target"
-            check_values(_WHERE, "tree.draft_tokens", tokens, tokens >= vocab, expected, fix)
+        check_logits(_WHERE, "target", target, tree)
         return
-    check_tensor(_WHERE, "target", target, (torch.int64,), [("bs", bs), ("N", n)], device)
+    bs, n = tree.draft_tokens.shape
+    form, device = [("bs", bs), ("N", n)], tree.draft_tokens.device
+    check_tensor(_WHERE, "target", target, (torch.int64,), form, device)
     if may_read(target):
         bad = (target < 0) | (target >= 2**31)
         fix = "Pass the target's argmax at each node"
         check_values(_WHERE, "target", target, bad, "a token in [0, 2^31)", fix)
+
+
+def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None:
+    """Raise unless ``logits`` are logits of the tree's nodes, over a vocabulary with its tokens."""
+    tokens = tree.draft_tokens
+    bs, n = tokens.shape
+    form = [("bs", bs), ("N", n), ("vocab", None)]
+    check_tensor(where, name, logits, _FLOATS, form, tokens.device)
+    assert isinstance(logits, torch.Tensor)
+    vocab = logits.shape[2]
+    if vocab == 0:
+        fix, got = "Pass the logits of a whole vocabulary", list(logits.shape)
+        raise ArgumentValueError(describe(where, f"{name}.shape", got, "vocab >= 1", fix))
+    if may_read(tokens):
+        fix = "Draft with the target's own tokenizer"
+        expected = f"a token below {vocab}, the vocabulary of {name}"
+        bad = (tokens >= vocab) | (tokens < 0)
+        check_values(where, "tree.draft_tokens", tokens, bad, expected, fix)
+
+
+def check_tree(where: str, tree: object) -> None:
+    """Raise unless ``tree`` is a DraftTree whose parents and links stay inside each request."""
+    check_instance(where, "tree", tree, DraftTree, "build_tree")
+    assert isinstance(tree, DraftTree)
+    parents, first, sibling = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
+    if not may_read(parents):
+        return
+    n = parents.shape[1]
+    node = torch.arange(n, device=parents.device)
+    fix = "Pass what build_tree returned, unchanged"
+    # A parent before its child and a sibling after it: no way through the tree comes back.
+    below = f"-1 or a node before it, of {n} in its request"
+    after = f"-1 or a node after it, of {n} in its request"
+    for name, links, bad, expected in (
+        ("tree.parents", parents, (parents < -1) | (parents >= node), below),
+        ("tree.retrieve_next_token", first, _not_after(first, node), after),
+        ("tree.retrieve_next_sibling", sibling, _not_after(sibling, node), after),
+    ):
+        check_values(where, name, links, bad, expected, fix)
+
+
+def _not_after(links: Tensor, node: Tensor) -> Tensor:
+    return (links != -1) & ((links <= node) | (links >= len(node)))

@@ -286,7 +286,8 @@ def test_functions_may_be_registered_for_all(hw, policy, monkeypatch):
         recomputes("mrope_positions")(lambda outputs, context: None)
 
 
-def test_a_name_without_a_function_is_an_error_that_says_how(hw, policy):
+def test_a_name_without_a_function_is_an_error_that_says_how(hw, policy, monkeypatch):
+    monkeypatch.setattr("hwcore.overlap.plan_stream._registered", {})
     policy(recompute_after_join=frozenset({"mrope_positions"}))
     plan = PlanStream(backend=hw, enabled=True)
     prepare(plan, hw)

@@ -24,23 +24,6 @@ def load(name, device):
     return meta, case
 
 
-def parents_of_selection(parent_list, selected_index, topk):
-    """Parents from the draft steps' bookkeeping.
-
-    Candidate ``c`` was proposed by entry ``c // topk`` of ``parent_list``: entry 0 is the root, any
-    other names the candidate that proposed it.
-    """
-    rows = []
-    for listed, chosen in zip(parent_list.tolist(), selected_index.tolist(), strict=True):
-        row = [-1]
-        for candidate in chosen:
-            block = candidate // topk
-            row.append(0 if block == 0 else chosen.index(listed[block]) + 1)
-        rows.append(row)
-    width = selected_index.shape[1] + 1
-    return torch.tensor(rows, dtype=torch.int64).view(-1, width).to(selected_index.device)
-
-
 def parents_of_links(next_token, next_sibling):
     rows = []
     for children, siblings in zip(next_token.tolist(), next_sibling.tolist(), strict=True):

@@ -248,6 +248,7 @@ def test_commit_checks_a_foreign_result(changed, error, message):
         "accept_index": ints([[0, -1, -1], [3, -1, -1]], torch.int32),
         "accept_lens": ints([1, 1], torch.int32),
         "bonus_tokens": ints([0, 0]),
+        "status": ints([0, 0], torch.int32),
     }
     with pytest.raises(error, match=r"^commit: " + message):
         commit(build(), VerifyResult(**(fields | changed)), ints([4, 0]))

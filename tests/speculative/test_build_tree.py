@@ -117,3 +117,18 @@ def test_no_value_is_read_on_the_host(mode, unread):
     assert isinstance(tree, DraftTree)
     for target in (parents, torch.empty(2, 3, 7, device=unread)):
         commit(tree, verify_greedy(tree, target), lens, parents)
+
+
+def test_a_full_mask_that_is_too_large_names_what_to_use_instead(device):
+    parents = torch.tensor([[-1, 0, 1, 2]], device=device)
+    lens = torch.tensor([2**31], device=device)
+    message = r"size of the FULL mask got 8589934608 .*at most 1073741824 bytes .*QLEN_ONLY"
+    with pytest.raises(ValueError, match=message):
+        build_tree(parents + 1, parents, lens, seq_lens_sum=2**31)
+    lens.fill_(7)
+    with pytest.raises(ValueError, match=r"got 44 .*at most 43 bytes"):
+        build_tree(parents + 1, parents, lens, seq_lens_sum=7, max_mask_bytes=43)
+    tree = build_tree(parents + 1, parents, lens, seq_lens_sum=7, max_mask_bytes=44)
+    assert tree.tree_mask.numel() == 44
+    for mode in (TreeMaskMode.QLEN_ONLY, TreeMaskMode.BITPACKED):
+        build_tree(parents + 1, parents, lens, tree_mask_mode=mode, max_mask_bytes=0)

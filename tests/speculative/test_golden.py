@@ -2,18 +2,47 @@ import numpy as np
 import pytest
 import torch
 
-from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+from hwcore.speculative import (
+    TreeMaskMode,
+    build_tree,
+    commit,
+    organize_draft_results,
+    verify_greedy,
+)
 
-from ._golden import load, names, parents_of_links, parents_of_selection
+from ._golden import load, names, parents_of_links
 
 LINKS = ("retrieve_index", "retrieve_next_token", "retrieve_next_sibling")
 
 
+def organized(meta, case):
+    """The draft steps of a case, organised: what its arrays hold in a row, one tensor a step."""
+    bs, topk, steps = meta["bs"], meta["topk"], meta["steps"]
+    widths = [topk, *[topk * topk] * (steps - 1)]
+    scores = [
+        step.view(bs, step.shape[1] // topk, topk) for step in case["scores"].split(widths, 1)
+    ]
+    tokens = list(case["tokens"].split(widths, dim=1))
+    parents = [case[f"parents{step}"] for step in range(int(case["n_parent_blocks"]))]
+    # The last step's beam proposed nothing, so that it was not kept where there is more than one.
+    while len(parents) < steps:
+        parents.append(parents[0].new_zeros(bs, topk))
+    return organize_draft_results(scores, tokens, parents, meta["N"])
+
+
 def build(meta, case, mode):
-    parents = parents_of_selection(case["parent_list"], case["selected_index"], meta["topk"])
-    root = case["draft_tokens"].new_zeros(meta["bs"], 1)
-    tokens = torch.cat([root, case["draft_tokens"]], dim=1)
-    return tree_of(meta, case, tokens, parents, mode)
+    roots = case["draft_tokens"].new_zeros(meta["bs"])
+    return tree_of(meta, case, *organized(meta, case).with_root(roots), mode)
+
+
+@pytest.mark.parametrize("name", names("tree"))
+def test_the_chosen_nodes_are_the_kernels(name, device):
+    meta, case = load(name, device)
+    results = organized(meta, case)
+    for field in ("parent_list", "selected_index", "draft_tokens"):
+        got, want = getattr(results, field), case[field]
+        assert got.dtype == want.dtype, field
+        assert torch.equal(got, want), field
 
 
 def tree_of(meta, case, tokens, parents, mode=TreeMaskMode.FULL):

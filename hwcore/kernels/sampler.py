@@ -1,0 +1,158 @@
+"""One level of a sampled walk: weigh the children, accept one or draw a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwcore.kernels.distribution import draw_with_total, weights
+from hwcore.kernels.thresholds import reads_are_free
+from hwcore.kernels.vocabulary import lowest_argmax
+from hwcore.kernels.walk import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hwcore.kernels.walk import Level, Rows, Tree
+
+__all__ = ["PART", "Sampler"]
+
+PART = 2**18
+"""Logits that a CPU works on at a time, 1 MiB of float32: they stay in its cache from one pass to
+the next."""
+
+_KEPT = (
+    8 * PART
+)  # weights kept until the walk's decisions have been taken, by many requests at once
+_NOBODY = -2  # parent of a node that is never accepted
+
+
+class Sampler:
+    """Decides for the requests of a level; see ``verify_tree_sampling``."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        rows: Rows,
+        temperatures: Tensor,
+        filters: tuple[Tensor | None, Tensor | None, Tensor | None],
+        coins: Tensor,
+        final_coins: Tensor,
+        thresholds: tuple[float, float],
+    ) -> None:
+        self.greedy: Tensor | None = None  # bool [bs]
+        self._tree, self._rows = tree, rows
+        self._temperatures, self._filters = temperatures, filters
+        self._coins, self._final_coins = coins, final_coins
+        self._single, self._acc = thresholds
+        # On a device nobody has looked whether a token is one: such a node is never accepted.
+        self._offered = tree.draft_tokens.clamp(0, rows.vocab - 1)
+        parents = torch.where(self._offered == tree.draft_tokens, tree.parents, _NOBODY)
+        self._parents = _without_repeats(parents, tree, rows.vocab)
+        self._at_once = self._kept = 0  # all
+        self._scratch: Tensor | None = None
+        self._weights: Tensor | None = None
+        if reads_are_free(coins):
+            bs, vocab = len(temperatures), rows.vocab
+            self._at_once = max(1, PART // vocab)
+            # A processor wants to see a level at once.
+            self._kept = bs if rows.processed else max(1, _KEPT // vocab)
+            self._scratch = torch.empty(min(bs, self._at_once), vocab, dtype=torch.float32)
+            self._weights = torch.empty(min(bs, self._kept), vocab, dtype=torch.float32)
+
+    def choose(self, level: Level) -> Step:
+        """Decide on the children of each request's node."""
+        steps = [self._decide(part) for part in level.parts(self._kept)]
+        if len(steps) == 1:
+            return steps[0]
+        tokens = torch.cat([step.tokens for step in steps])
+        children = torch.cat([step.children for step in steps])
+        return Step(tokens, children, torch.cat([step.valid for step in steps]))
+
+    def _decide(self, level: Level) -> Step:
+        tree, ops = self._tree, self._tree.ops
+        found, total, valid, highest = self._weigh(level)
+        offered = level.of_requests(self._offered)  # [k, N]
+        mass, child = self._offer(level, offered, found, total, highest)
+        ends = child == tree.nodes
+        tokens = ops.gather(offered, 1, child.clamp(max=tree.nodes - 1).unsqueeze(1)).squeeze(1)
+        if level.last or (level.last is None and bool(ends.any())):
+            # Whoever goes on does not need the weights any more. A token minus itself is exactly 0.
+            ops.scatter_add_(found, 1, offered, -mass)
+            drawn, left = draw_with_total(found, level.at_nodes(self._final_coins), ops)
+            column = torch.arange(tree.nodes, device=found.device)
+            final = ops.amax(torch.where(mass > 0, column, 0), 1, keepdim=True)
+            final = ops.gather(offered, 1, final).squeeze(1)
+            drawn = torch.where(valid, torch.where(left > 0, drawn, final), self._rows.vocab - 1)
+            tokens = torch.where(ends, drawn, tokens)
+        if self.greedy is not None and highest is not None:
+            greedy = level.of_requests(self.greedy)
+            tokens = torch.where(greedy, highest[0], tokens)
+            valid = torch.where(greedy, highest[1], valid)
+        return Step(tokens, child, valid)
+
+    def _weigh(
+        self, level: Level
+    ) -> tuple[Tensor, Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the weights ``[k, V]``, sums and validity of a level's rows; the highest logits.
+
+        A few rows at a time where that is faster.
+        """
+        found, highest, done = [], None, 0
+        for part, rows in self._rows.parts(level, self._at_once):
+            scratch = out = None
+            if self._scratch is not None and self._weights is not None:
+                scratch = self._scratch[: len(rows)]
+                out = self._weights[done : done + len(rows)]
+            filters = (None if each is None else part.of_requests(each) for each in self._filters)
+            temperatures = part.of_requests(self._temperatures)
+            ops = self._tree.ops
+            found.append(weights(rows, temperatures, *filters, ops=ops, scratch=scratch, out=out))
+            if self.greedy is not None:  # where everything is one part
+                highest = lowest_argmax(rows, ops)
+            done += len(rows)
+        if len(found) == 1:
+            return *found[0], highest
+        _, totals, valid = zip(*found, strict=True)
+        total = None if totals[0] is None else torch.cat(totals)
+        return self._weights[:done], total, torch.cat(valid), highest
+
+    def _offer(
+        self,
+        level: Level,
+        offered: Tensor,
+        found: Tensor,
+        total: Tensor | None,
+        highest: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weight of each child ``[k, N]``, and the child that is accepted ``[k]``."""
+        tree, ops = self._tree, self._tree.ops
+        if level.may_go_on is False:
+            return torch.zeros_like(offered, dtype=torch.float32), offered.new_full(
+                (len(offered),), tree.nodes
+            )
+        is_child = level.of_requests(self._parents) == level.nodes.unsqueeze(1)
+        if level.may_go_on is not True:
+            is_child &= level.may_go_on.unsqueeze(1)
+        mass = torch.where(is_child, ops.gather(found, 1, offered), 0.0)
+        chance = mass if total is None else mass / total
+        if self.greedy is not None and highest is not None:
+            is_highest = (offered == highest[0].unsqueeze(1)) & is_child & highest[1].unsqueeze(1)
+            greedy = level.of_requests(self.greedy).unsqueeze(1)
+            chance = torch.where(greedy, is_highest.to(torch.float32), chance)
+        reached = ops.cumsum(chance, 1)
+        accepts = level.at_nodes(self._coins).unsqueeze(1) < reached / max(self._acc, 1e-9)
+        if self._single < 1:  # else nothing more: a chance of 1 is beyond every coin
+            accepts |= chance >= self._single
+        return mass, tree.first_child(accepts & (chance > 0))
+
+
+def _without_repeats(parents: Tensor, tree: Tree, vocab: int) -> Tensor:
+    """Take from its parent each node whose token an earlier child of that parent has."""
+    keys, node = tree.ops.sort(parents * vocab + tree.draft_tokens, stable=True, dim=1)
+    repeats = torch.zeros_like(keys, dtype=torch.bool)
+    repeats[:, 1:] = keys[:, 1:] == keys[:, :-1]
+    parents = torch.where(repeats, _NOBODY, tree.ops.gather(parents, 1, node))
+    without: Tensor = tree.ops.scatter_(torch.empty_like(parents), 1, node, parents)
+    return without

@@ -1,0 +1,472 @@
+"""EagleVerifyWorker: one verify step, from a batch of drafts to what the next step starts from."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from hwcore._checks import check_instance
+from hwcore.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    ClosedError,
+    HwcoreError,
+    describe,
+)
+from hwcore.graphs.prepared import Verdict
+from hwcore.overlap import FutureMap
+from hwcore.speculative.batch import VerifyBatch, VerifyStep, check_batch
+from hwcore.speculative.finishing import Finisher
+from hwcore.speculative.inputs import names_of
+from hwcore.speculative.planning import Inputs, Planner, PreparedBatch
+from hwcore.speculative.tensor_parallel import ResultBroadcast
+from hwcore.speculative.tree import TreeMaskMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from hwcore.backend import Backend
+    from hwcore.fence import StreamFence
+    from hwcore.graphs import GraphRunner
+    from hwcore.overlap import RelayPayload
+
+__all__ = ["EagleVerifyWorker"]
+
+_WHERE = "EagleVerifyWorker"
+_PADDING = 0  # row and KV slot that belong to nobody
+
+
+class EagleVerifyWorker:
+    """Verifies draft trees with a target model, step after step, without the host.
+
+    A step: the batch's tree, positions and KV slots are made on the plan stream, and copied into
+    the graph's buffers; the main stream joins, runs the target's forward, verifies, commits, moves
+    KV entries and leaves lengths and tokens in the :class:`~hwcore.overlap.FutureMap` for the step
+    that follows. The worker knows no model: the engine brings the forward, the pools and the
+    drafts.
+
+    >>> step = worker.run(VerifyBatch(rows, draft_tokens, parents, seq_lens, host_seq_lens))
+    >>> tokens.copy_(step.commit.accept_tokens, non_blocking=True)  # to the host, -1 past the last
+
+    or, where the main stream has something to do between drafting and verifying::
+
+        worker.mark(batch)  # the plan stream may read it; what comes next it need not wait for
+        extend_the_draft_models_cache()
+        prepared = worker.prepare(batch)
+        step = worker.verify(prepared)
+
+    **Requests that leave.** Rows that the scheduler gives back are told to :meth:`vacate`, before
+    they are given away again. They are emptied in the map, and a batch that is under way neither
+    publishes nor moves nor writes anything of theirs: its ``rows`` and ``cache_locs`` become 0
+    there, which belong to nobody. (A forward that writes through another input, of ``extra``, has
+    to see to that itself.)
+
+    **Errors.** If a step fails before its results are published, what the map held for its rows is
+    put back (``VerifyBatch.relayed``): resolve them again and go on. A call out of turn changes
+    nothing. The worker can be used after either.
+
+    Parameters
+    ----------
+    forward : callable
+        The target over the trees. It is given by name what it names, or everything if it takes
+        ``**kwargs``: ``draft_tokens`` [bs, N]; ``positions`` [bs * N]; ``tree_mask``;
+        ``cache_locs`` [bs, N], where it writes its KV entries; ``seq_lens`` [bs]; ``rows`` [bs];
+        ``mrope_positions`` [3, bs * N]; and what ``VerifyBatch.extra`` holds. It returns logits
+        [bs, N, vocab], or the tokens of greedy decoding, int64 [bs, N]; or a pair of those and
+        hidden states [bs, N, hidden]; with bs * N for both dimensions just as well.
+    relay : FutureMap
+        Through which steps hand on.
+    runner : GraphRunner, optional
+        Graphs of ``forward``, captured by whoever made it, with the slots of
+        :func:`~hwcore.speculative.verify_slots`. Where it has none for a batch, ``forward`` runs.
+    draft_extend : callable, optional
+        What the draft model does after the commit: takes the :class:`VerifyStep` and returns the
+        :class:`~hwcore.overlap.RelayPayload` to stash. Needed if the map holds ``topk_p`` or
+        ``draft_probs``; without it the bonus tokens are stashed, and the last accepted hidden
+        states if the map holds them.
+    move_kv : callable, optional
+        Copies KV entries from slots to slots, both int64 [bs * (spec_steps + 1)]. May be left out
+        where every tree is a chain: its path lies at the front.
+    req_to_token : Tensor, int64 or int32, [pool, max_context], optional
+        KV slots by row and place: where ``VerifyBatch.cache_locs`` are looked up.
+    mrope_deltas : Tensor, int64, [pool], optional
+        Of a model with mrope positions: what each row's differ by.
+    spec_steps : int, optional
+        Bound on the depth of trees; default ``N - 1``.
+    tree_mask_mode : TreeMaskMode
+    page_size : int
+        Of the KV pool.
+    num_slots : int, optional
+        Of the KV pool, to check ``cache_locs`` with: on the CPU, and under ``HWCORE_DEBUG=1``.
+    threshold_single, threshold_acc : float
+        Of :func:`~hwcore.speculative.verify_sampling`.
+    processor : callable, optional
+        Logit processor of :func:`~hwcore.speculative.verify_sampling`. One that runs on the host
+        is a sync in each step, and no graph is used.
+    group : ProcessGroup, optional
+        Tensor-parallel ranks: all commit what rank 0 has verified.
+    timeout_s : float
+        After which a rank is given up, where the host waits for it.
+    plan_stream : bool, optional
+        The user's switch; default ``HWCORE_PLAN_STREAM``, else what the backend's policy says.
+        False switches off what the policy has on. True where the policy has it off is an error:
+        the policy's reason is about steps such as this one, so that this class is stricter than
+        :class:`~hwcore.overlap.PlanStream`, by which one may still try it.
+    fence : StreamFence, optional
+        By which ``req_to_token`` and ``mrope_deltas`` are shared; default: one of the worker's.
+    backend : Backend, optional
+        By default the process's own.
+
+    Attributes
+    ----------
+    fence : StreamFence
+        Whoever writes ``req_to_token`` or ``mrope_deltas`` does it in ``worker.fence.writing()``,
+        on whatever stream; the plan stream and the forward read them in blocks of it.
+    plan_stream_active : bool
+        What was decided.
+    host_syncs : int
+        How often the host has waited for the device on the group's account.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        If an argument is not as described.
+    CapabilityError
+        If a plan stream is wanted where the backend's policy has none.
+
+    Notes
+    -----
+    One thread, one batch at a time: ``prepare`` and ``verify`` in turn. Host sync: none, but what
+    the processor, the group (gloo on a device) and ``HWCORE_DEBUG=1`` bring. Graph-safe: no, for
+    it orders streams; it replays graphs itself.
+
+    Source: SGLang's EAGLE worker with overlap scheduling, whose races on three devices (pull
+    requests 23423, 22113, 26380) were each mended on one, and whose greedy ranks diverge (34238).
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        relay: FutureMap,
+        *,
+        runner: GraphRunner | None = None,
+        draft_extend: Callable[[VerifyStep], RelayPayload] | None = None,
+        move_kv: Callable[[Tensor, Tensor], Any] | None = None,
+        req_to_token: Tensor | None = None,
+        mrope_deltas: Tensor | None = None,
+        spec_steps: int | None = None,
+        tree_mask_mode: TreeMaskMode = TreeMaskMode.QLEN_ONLY,
+        page_size: int = 1,
+        num_slots: int | None = None,
+        threshold_single: float = 1.0,
+        threshold_acc: float = 1.0,
+        processor: Callable[..., Any] | None = None,
+        group: ProcessGroup | None = None,
+        timeout_s: float = 60.0,
+        plan_stream: bool | None = None,
+        fence: StreamFence | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        from hwcore.activation import current_backend
+
+        check_instance(_WHERE, "relay", relay, FutureMap, "FutureMap(RelaySpec(...))")
+        self._names = names_of(_WHERE, forward)
+        hw = backend or current_backend()
+        self._forward, self._relay, self._runner = forward, relay, runner
+        self._device = relay.device
+        self._planner = Planner(
+            _WHERE,
+            hw,
+            self._device,
+            runner=runner,
+            spec_steps=spec_steps,
+            tree_mask_mode=tree_mask_mode,
+            req_to_token=req_to_token,
+            mrope_deltas=mrope_deltas,
+            num_slots=num_slots,
+            page_size=page_size,
+            fence=fence,
+            plan_stream=plan_stream,
+        )
+        self.fence = self._planner.fence
+        self.plan_stream_active = self._planner.plan.enabled
+        self._broadcast = None if group is None else ResultBroadcast(group, hw, timeout_s)
+        self._finisher = Finisher(
+            _WHERE,
+            hw,
+            relay.spec,
+            draft_extend=draft_extend,
+            move_kv=move_kv,
+            page_size=page_size,
+            threshold_single=threshold_single,
+            threshold_acc=threshold_acc,
+            processor=processor,
+            broadcast=self._broadcast,
+        )
+        self._marked: VerifyBatch | None = None
+        self._pending: PreparedBatch | None = None
+        self._vacated: list[int] = []
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = f"plan stream {'on' if self.plan_stream_active else 'off'}"
+        return f"<hwcore EagleVerifyWorker, {'closed' if self._closed else state}>"
+
+    def __enter__(self) -> EagleVerifyWorker:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    @property
+    def host_syncs(self) -> int:
+        return 0 if self._broadcast is None else self._broadcast.host_syncs
+
+    # --- A step ---------------------------------------------------------------------------------
+
+    def can_run(self, batch: VerifyBatch) -> Verdict:
+        """Say whether a graph runs the forward of a batch, and if not, why.
+
+        The runner's reasons (``"not captured"``, ``"tokens per request"``, ``"batch size"``), and
+        ``"no runner"``, ``"inputs"``, which a slot of the graph lacks, and ``"processor"``, which
+        runs on the host. An idle batch is one of no requests: any graph of its width takes it.
+        """
+        self._check_open("can_run")
+        check_batch(f"{_WHERE}.can_run", batch, self._device)
+        return self._verdict(batch)
+
+    def mark(self, batch: VerifyBatch) -> None:
+        """Let the plan stream read a batch as soon as what is submitted now has run.
+
+        Called on the main stream, as soon as the batch is drafted. ``prepare`` takes this batch
+        then, and waits for nothing that the main stream is given in between. Marking another takes
+        the place of a mark that nobody prepared.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            If the batch is not of its form; or a prepared one was not verified.
+        ClosedError
+        """
+        self._check_turn("mark")
+        with self._putting_back(batch):
+            self._mark(batch, "mark")
+
+    def prepare(self, batch: VerifyBatch) -> PreparedBatch:
+        """Make a batch's inputs, on the plan stream; the host does not wait.
+
+        Called on the main stream. A batch that was not marked is marked here.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            If the batch is not of its form, its tree is none (see ``build_tree``), there is no room
+            for it, or an input does not fit its slot. If another batch was marked, or the last one
+            was not verified.
+        ClosedError, CaptureError
+        """
+        self._check_turn("prepare")
+        if self._marked is not None and self._marked is not batch:
+            got, fix = "another batch than mark()", "Pass the one that was marked"
+            _misuse("prepare", got, "the same", fix)
+        with self._putting_back(batch):
+            if self._marked is None:
+                self._mark(batch, "prepare")
+            prepared = PreparedBatch(batch, self._verdict(batch), self._vacated)
+            self._marked = None
+            self._planner.prepare(prepared)
+            self._pending = prepared
+            return prepared
+
+    def verify(self, prepared: PreparedBatch) -> VerifyStep | None:
+        """Run a prepared batch on the current stream; the host does not wait.
+
+        Returns
+        -------
+        VerifyStep or None
+            None of an idle batch, of which nothing is left.
+
+        Raises
+        ------
+        ArgumentValueError
+            If it is not the batch that was prepared last, or was verified.
+        CapabilityError
+            If the backend wants an input recomputed and nobody said how.
+        PeerError
+            If a tensor-parallel rank is gone.
+        Exception
+            Whatever ``forward``, ``processor``, ``draft_extend`` or ``move_kv`` raises. If one of
+            the latter two does, the lengths are published and the rows empty: their requests have
+            to be prefilled again.
+        """
+        self._check_prepared("verify", prepared)
+        self._pending = None
+        batch = prepared.batch
+        with self._putting_back(batch, prepared.vacated):
+            with torch.no_grad(), self.fence.reading():
+                inputs = self._planner.join(batch)
+                rows = self._without_vacated(inputs, prepared)
+                out = self._run_forward(prepared, inputs)
+            if batch.is_empty:
+                return None
+            step = self._finisher.finish(batch, inputs, rows, out)
+            self._relay.publish(rows, step.commit.new_seq_lens)
+        self._relay.stash(rows, self._finisher.payload(step))
+        return step
+
+    def run(self, batch: VerifyBatch) -> VerifyStep | None:
+        """Prepare and verify a batch."""
+        return self.verify(self.prepare(batch))
+
+    def vacate(self, rows: Sequence[int]) -> None:
+        """Take rows of finished or retracted requests out of the map, and out of what is under way.
+
+        Called on the main stream, before the rows or their KV slots are given to others. What was
+        verified before is not touched: it was submitted, and belongs to the old request.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            As the host knows them; none twice.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            If one is no row of the map.
+        ClosedError
+        """
+        self._check_open("vacate")
+        pool_size = self._relay.spec.pool_size
+        for row in rows:
+            if type(row) is not int or not 0 < row < pool_size:
+                expected, fix = f"ints in [1, {pool_size})", "Pass rows of the request pool"
+                raise ArgumentValueError(describe(f"{_WHERE}.vacate", "rows", rows, expected, fix))
+        if rows:
+            # Made there: nothing is copied from the host, which would have to keep it.
+            parts = [torch.full((1,), row, device=self._device) for row in rows]
+            self._relay.discard(torch.cat(parts))
+            self._vacated.extend(rows)
+
+    def abandon(self, prepared: PreparedBatch) -> None:
+        """Give a prepared batch up: its rows are as they were before they were resolved."""
+        self._check_prepared("abandon", prepared)
+        self._pending = None
+        with self.fence.reading():
+            self._planner.join(prepared.batch)
+        self._put_back(prepared.batch, prepared.vacated)
+
+    def close(self) -> None:
+        """Abandon what is prepared and let go of everything. Once is enough.
+
+        Runner, relay, pools and group belong to whoever made them.
+        """
+        if not self._closed:
+            if self._pending is not None:
+                self.abandon(self._pending)
+            self._closed, self._marked = True, None
+            del self._forward, self._runner, self._planner, self._finisher
+
+    # --- Parts ----------------------------------------------------------------------------------
+
+    def _verdict(self, batch: VerifyBatch) -> Verdict:
+        why_not = self._finisher.why_not_captured
+        if why_not and not batch.is_empty:
+            return Verdict(None, "processor", why_not)
+        return self._planner.can_replay(batch)
+
+    def _mark(self, batch: VerifyBatch, method: str) -> None:
+        check_batch(f"{_WHERE}.{method}", batch, self._device)
+        self._planner.plan.mark()
+        self._marked, self._vacated = batch, []
+
+    def _without_vacated(self, inputs: Inputs, prepared: PreparedBatch) -> Tensor:
+        """Take the rows that were given back out of the inputs; return the rows that are left."""
+        rows, batch = inputs.by_name["rows"], prepared.batch
+        gone = _are_in(rows, prepared.vacated)
+        if gone is None:
+            return rows
+        rows = rows.masked_fill(gone, _PADDING)
+        inputs.replace("rows", rows)
+        if "cache_locs" in inputs.by_name:
+            locs = inputs.by_name["cache_locs"]
+            inputs.replace("cache_locs", self._planner.redirected(locs, batch, gone))
+        return rows
+
+    def _run_forward(self, prepared: PreparedBatch, inputs: Inputs) -> Any:
+        if inputs.graph is not None:
+            assert self._runner is not None  # it prepared the batch
+            slots = self._runner.buffers.slots
+            renewed = {name: t for name, t in inputs.renewed.items() if name in slots}
+            return self._runner.replay(inputs.graph, renewed)
+        names = self._names
+        given = inputs.by_name.items()
+        return self._forward(**{name: t for name, t in given if names is None or name in names})
+
+    # --- What the map held ----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _putting_back(self, batch: Any, vacated: Sequence[int] = ()) -> Iterator[None]:
+        """Put back what was resolved for a batch, if what follows fails."""
+        try:
+            yield
+        except Exception as error:
+            self._marked = None
+            try:
+                self._put_back(batch, vacated)
+            except HwcoreError as second:
+                error.add_note(f"What was resolved for the batch could not be put back: {second}")
+            raise
+
+    def _put_back(self, batch: VerifyBatch, vacated: Sequence[int]) -> None:
+        if isinstance(batch, VerifyBatch) and batch.relayed is not None:
+            gone = _are_in(batch.rows, vacated)
+            rows = batch.rows if gone is None else batch.rows.masked_fill(gone, _PADDING)
+            self._relay.stash(rows, batch.relayed)
+
+    # --- Refusals -------------------------------------------------------------------------------
+
+    def _check_open(self, method: str) -> None:
+        if self._closed:
+            _misuse(method, "a closed worker", "an open one", "Make a new one", ClosedError)
+
+    def _check_turn(self, method: str) -> None:
+        self._check_open(method)
+        if self._pending is not None:
+            got, fix = "a batch while another is prepared", "Call verify() or abandon() first"
+            _misuse(method, got, "one at a time", fix)
+
+    def _check_prepared(self, method: str, prepared: object) -> None:
+        self._check_open(method)
+        where, expected = f"{_WHERE}.{method}", "the batch of the last prepare(), not verified yet"
+        if not isinstance(prepared, PreparedBatch):
+            fix = "Pass what prepare() returned"
+            raise ArgumentTypeError(describe(where, "prepared", prepared, expected, fix))
+        if prepared is not self._pending:
+            raise ArgumentValueError(
+                describe(where, "prepared", prepared, expected, "Prepare the batch again")
+            )
+
+
+def _are_in(rows: Tensor, vacated: Sequence[int]) -> Tensor | None:
+    """Return which rows are among the vacated, ``[bs]``; None if there are none of those."""
+    gone = None
+    for row in vacated:  # few; as numbers they need no copy from the host
+        same = rows == row
+        gone = same if gone is None else gone | same
+    return gone
+
+
+def _misuse(
+    method: str,
+    got: str,
+    expected: str,
+    fix: str,
+    kind: type[HwcoreError] = ArgumentValueError,
+) -> NoReturn:
+    message = f"{_WHERE}.{method}: the call got {got}; expected {expected}. {fix}."
+    raise kind(message)
