@@ -1,4 +1,4 @@
-"""Plain and speculative decoding of the same prompts, in interleaved rounds."""
+"""Every way of decoding on the same prompts, in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -9,63 +9,82 @@ from typing import TYPE_CHECKING
 import torch
 
 from examples.serving.decode import Answer, decode
+from examples.serving.step import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from examples.serving.drafters import Drafter
     from examples.serving.model import Model
+
+
+PLAIN = "plain"
 
 
 @dataclass
 class Outcome:
-    """Every run of one prompt: ``plain[i]`` and ``speculative[i]`` are of the same round."""
+    """Every run of one prompt at one temperature.
+
+    Attributes
+    ----------
+    name : str
+    prompt : list of int
+    temperature : float
+    runs : dict of str to list of Answer
+        By way of decoding, ``PLAIN`` among them; those of one place in the lists are of the same
+        round.
+    """
 
     name: str
     prompt: list[int]
-    plain: list[Answer] = field(default_factory=list)
-    speculative: list[Answer] = field(default_factory=list)
+    temperature: float = 0.0
+    runs: dict[str, list[Answer]] = field(default_factory=dict)
 
     @property
-    def plain_tokens_per_s(self) -> float:
-        """Median over the rounds."""
-        return statistics.median(answer.tokens_per_s for answer in self.plain)
+    def drafted(self) -> list[str]:
+        """The ways with drafts."""
+        return [way for way in self.runs if way != PLAIN]
 
-    @property
-    def speculative_tokens_per_s(self) -> float:
-        """Median over the rounds."""
-        return statistics.median(answer.tokens_per_s for answer in self.speculative)
+    def tokens_per_s(self, way: str) -> float:
+        """Return the median over the rounds."""
+        return statistics.median(answer.tokens_per_s for answer in self.runs[way])
 
-    @property
-    def ratio(self) -> float:
-        """Median of the rounds' ratios of decoding speed: what disturbs a round hits both sides."""
-        return statistics.median(self.ratios)
+    def ratio(self, way: str) -> float:
+        """Return the median of :meth:`ratios`: what disturbs a round hits both sides."""
+        return statistics.median(self.ratios(way))
 
-    @property
-    def ratios(self) -> list[float]:
-        """The ratio of each round; where they lie far apart, something disturbed the machine."""
-        return self._ratios(lambda run: run.decode_s)
+    def ratios(self, way: str) -> list[float]:
+        """Return each round's speed over plain decoding's.
 
-    @property
-    def ratio_with_prefill(self) -> float:
-        """The same for the whole answer, the prefill included, which speculation cannot help."""
-        return statistics.median(self._ratios(lambda run: run.prefill_s + run.decode_s))
+        Where they lie far apart, something disturbed the machine. Tokens count, not answers: what
+        is sampled may differ in length, though here it does not.
+        """
+        pairs = zip(self.runs[PLAIN], self.runs[way], strict=True)
+        return [run.tokens_per_s / plain.tokens_per_s for plain, run in pairs]
 
-    def _ratios(self, seconds: Callable[[Answer], float]) -> list[float]:
-        pairs = zip(self.plain, self.speculative, strict=True)
-        return [seconds(plain) / seconds(speculative) for plain, speculative in pairs]
+    def ratio_with_prefill(self, way: str) -> float:
+        """Return the same for whole answers, the prefill included, which no draft can help."""
+        pairs = zip(self.runs[PLAIN], self.runs[way], strict=True)
+        return statistics.median(
+            (plain.prefill_s + plain.decode_s) / (run.prefill_s + run.decode_s)
+            for plain, run in pairs
+        )
 
-    @property
-    def accept_length(self) -> float:
-        """Mean tokens a step of the speculative runs, plain steps included."""
-        return statistics.mean(answer.accept_length for answer in self.speculative)
+    def accept_length(self, way: str) -> float:
+        """Return the mean tokens a step, steps without drafts included."""
+        return statistics.mean(answer.accept_length for answer in self.runs[way])
 
     def first_difference(self) -> int | None:
-        """Return where any run first parts from the first plain one, or None: nowhere."""
-        reference = self.plain[0].tokens
+        """Return where any run first parts from the first plain one, or None: nowhere.
+
+        Of greedy runs; sampled ones are not the same, they are distributed alike.
+        """
+        reference = self.runs[PLAIN][0].tokens
         places = [
             next(i for i, (a, b) in enumerate(zip(reference, run.tokens, strict=True)) if a != b)
-            for run in (*self.plain, *self.speculative)
-            if run.tokens != reference
+            for runs in self.runs.values()
+            for run in runs
+            if not self.temperature and run.tokens != reference
         ]
         return min(places, default=None)
 
@@ -74,21 +93,29 @@ def compare(
     model: Model,
     prompts: Mapping[str, Sequence[int]],
     count: int,
+    drafters: Mapping[str, Drafter],
     rounds: int,
-    costs: Mapping[int, float],
+    temperature: float = 0.0,
     tick: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
-    """Decode ``count`` tokens of every prompt both ways, ``rounds`` times.
+    """Decode ``count`` tokens of every prompt, plainly and with each drafter, ``rounds`` times.
 
-    ``costs`` are the seconds of a step by tree size; ``tick`` is called after each pair of runs.
+    ``tick`` is called after each round of a prompt.
     """
-    outcomes = [Outcome(name, list(prompt)) for name, prompt in prompts.items()]
+    ways: dict[str, Drafter | None] = {PLAIN: None, **drafters}
+    outcomes = [
+        Outcome(name, list(prompt), temperature, {way: [] for way in ways})
+        for name, prompt in prompts.items()
+    ]
     for turn in range(rounds):
-        for outcome in outcomes:
-            ways = [(outcome.plain, None), (outcome.speculative, costs)]
-            # Each way goes first in turn, so that neither always finds the caches warm.
-            for runs, tree_costs in ways if turn % 2 == 0 else reversed(ways):
-                runs.append(decode(model, outcome.prompt, count, tree_costs))
+        for place, outcome in enumerate(outcomes):
+            # Each way goes first in turn, so that none always finds the caches warm.
+            order = list(ways)
+            first = (turn + place) % len(order)
+            for way in order[first:] + order[:first]:
+                sampling = Sampling(temperature, seed=turn)
+                answer = decode(model, outcome.prompt, count, ways[way], sampling)
+                outcome.runs[way].append(answer)
             tick()
     return outcomes
 
@@ -101,5 +128,5 @@ def top_two(model: Model, prompt: Sequence[int], tokens: Sequence[int]) -> list[
     model.length = 0
     with torch.inference_mode():
         text = torch.tensor([[*prompt, *tokens]], device=model.device)
-        best = model.forward(text, last=True)[0, -1].topk(2)
+        best = model.forward(text, last=True)[0][0, -1].topk(2)
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

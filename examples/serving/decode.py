@@ -1,4 +1,4 @@
-"""Decoding one text, plainly or with drafts: the same model, and in greedy decoding the same tokens."""
+"""Decoding one text, plainly or with drafts; greedily the tokens are the same."""
 
 from __future__ import annotations
 

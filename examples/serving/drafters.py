@@ -9,13 +9,15 @@ import torch
 
 from examples.serving.lookup import Lookup
 from examples.serving.sizing import Sizer
+from examples.serving.step import plain_step, tree_step
+from hwcore.speculative import TreeSizer, measure_costs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from examples.serving.eagle import EagleDrafter, Seed
+    from examples.serving.eagle import EagleDrafter
     from examples.serving.model import Model
     from examples.serving.step import Emitted
 
@@ -78,41 +80,92 @@ class PromptLookup:
 
 
 class Eagle:
-    """Lets an EAGLE head run ahead of the model.
+    """Lets an EAGLE head run ahead of the model, with trees of the size that should pay.
+
+    What is learnt of the head's chances holds for all texts.
 
     Parameters
     ----------
     drafter : EagleDrafter
     model : Model
         Whose slots it goes by.
-    num_draft_tokens : int
+    sizes : sequence of int
+        Of trees; the first 1. One other: always that.
     """
 
-    def __init__(self, drafter: EagleDrafter, model: Model, num_draft_tokens: int) -> None:
-        self._drafter, self._model, self._size = drafter, model, num_draft_tokens
+    def __init__(self, drafter: EagleDrafter, model: Model, sizes: Sequence[int]) -> None:
+        self._drafter, self._model, self._sizes = drafter, model, tuple(sizes)
+        self.sizer: TreeSizer | None = None
+        self._entries = 0  # of the text, that the head has
+        self._tokens: list[int] = []  # after those, that it has not seen
+        self._features: list[Tensor] = []  # the model's, at the token before each
+        self._ranks: Tensor | None = None  # of the nodes that are being verified
 
     def begin(self, prompt: list[int], emitted: Emitted) -> None:  # noqa: D102
-        self._entries = 0
-        self._extend(prompt[1:] + emitted.tokens, emitted.features)
+        self._entries, self._tokens, self._features = 0, prompt[1:], []
+        self._ranks = None
+        self.learn(emitted)
 
     def draft(self) -> Proposal | None:  # noqa: D102
-        roots = torch.tensor([self._root], device=self._model.device)
-        lens = torch.tensor([self._entries], device=self._model.device)
-        slots = self._model.slots_of(self._entries + self._drafter.entries)
-        nodes, parents = self._drafter.draft(self._seed, roots, lens, slots, self._size)
-        return Proposal(nodes, parents, self._drafter.spec_steps)
+        size = self._sizes[-1] if self.sizer is None else self.sizer.choose()
+        return self.propose(size) if size > 1 else None
 
-    def learn(self, emitted: Emitted) -> None:  # noqa: D102
-        self._extend(emitted.tokens, emitted.features)
-
-    def _extend(self, tokens: list[int], features: Tensor) -> None:
-        device, count = self._model.device, len(tokens)
-        self._seed: Seed = self._drafter.extend(
-            torch.tensor([tokens], device=device),
-            features,
+    def propose(self, size: int) -> Proposal:
+        """Return a tree of so many nodes."""
+        drafter, device = self._drafter, self._model.device
+        root, count = self._tokens[-1], len(self._tokens)
+        # After steps without drafts there is more to catch up with.
+        seed = drafter.extend(
+            torch.tensor([self._tokens], device=device),
+            torch.cat(self._features, dim=1),
             torch.tensor([self._entries], device=device),
             self._model.slots_of(self._entries + count),
             torch.tensor([count], device=device),
         )
         self._entries += count
-        self._root = tokens[-1]
+        self._tokens, self._features = [], []
+        nodes, parents, self._ranks = drafter.draft(
+            seed,
+            torch.tensor([root], device=device),
+            torch.tensor([self._entries], device=device),
+            self._model.slots_of(self._entries + drafter.entries),
+            size,
+        )
+        return Proposal(nodes, parents, drafter.depth(size))
+
+    def learn(self, emitted: Emitted) -> None:  # noqa: D102
+        if self.sizer is not None and self._ranks is not None:
+            ranks = self._ranks[0].tolist()
+            self.sizer.learn([ranks[node] for node in emitted.path], len(ranks))
+        self._ranks = None
+        self._tokens = self._tokens + emitted.tokens
+        self._features.append(emitted.features)
+
+    def calibrate(self, context: int, rounds: int = 7) -> dict[int, float]:
+        """Measure what a step costs with trees of each size, and choose among them from now on.
+
+        Parameters
+        ----------
+        context : int
+            Tokens in the cache meanwhile.
+        rounds : int
+            How often each is measured.
+        """
+        model, prompt = self._model, [1] * context
+
+        def step(size: int) -> None:
+            model.length = context
+            if size == 1:
+                plain_step(model, prompt[:1])
+            else:
+                self._entries = context - 1
+                self._tokens, self._features = prompt[:1], [last]
+                proposal = self.propose(size)
+                tree_step(model, proposal.nodes, proposal.parents, proposal.spec_steps)
+
+        model.length = 0
+        with torch.inference_mode():
+            last = plain_step(model, prompt).features[:, -1:]
+            costs = measure_costs(step, self._sizes, rounds=rounds)
+        self.sizer = TreeSizer(costs)
+        return costs

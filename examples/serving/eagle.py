@@ -1,4 +1,4 @@
-"""Drafting with an EAGLE head: what it saw of the model brings it up to date, then it runs ahead."""
+"""Drafting with an EAGLE head: it is brought up to date with the model, then it runs ahead."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class EagleDrafter:
     topk : int
         Branches at each node; 1: chains.
     spec_steps : int
-        Depth of the trees.
+        Greatest depth of a tree.
 
     Notes
     -----
-    Host sync: no, nowhere. Shapes depend on nothing but the batch size.
+    Host sync: no, nowhere. Shapes depend on nothing but the batch size and the tree's.
     """
 
     def __init__(self, head: EagleHead, num_slots: int, topk: int, spec_steps: int) -> None:
@@ -60,6 +60,10 @@ class EagleDrafter:
     def entries(self) -> int:
         """Slots beyond a request's last entry that drafting writes to."""
         return (self.spec_steps - 1) * self.topk
+
+    def depth(self, num_draft_tokens: int) -> int:
+        """Return the draft steps that a tree of so many nodes is made of."""
+        return min(self.spec_steps, num_draft_tokens - 1)
 
     def extend(
         self, tokens: Tensor, features: Tensor, lens: Tensor, slots: Tensor, counts: Tensor
@@ -87,7 +91,7 @@ class EagleDrafter:
 
     def draft(
         self, seed: Seed, roots: Tensor, lens: Tensor, slots: Tensor, num_draft_tokens: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run ahead, and keep the likeliest nodes.
 
         Parameters
@@ -105,6 +109,8 @@ class EagleDrafter:
         -------
         draft_tokens, parents : Tensor, int64, [bs, num_draft_tokens]
             As :func:`hwcore.speculative.build_tree` takes them.
+        ranks : Tensor, int64, [bs, num_draft_tokens]
+            Of the nodes, by their scores.
         """
         steps = DraftSteps(self.topk)
         beam = steps.first(seed.probs, seed.tokens)
@@ -112,29 +118,25 @@ class EagleDrafter:
         features = seed.features.unsqueeze(1).expand(-1, self.topk, -1)
         itself = torch.eye(self.topk, dtype=torch.bool, device=device).expand(bs, -1, -1)
         sees = itself  # [bs, topk, drafted so far]: which of them each node of the beam follows
-        for step in range(self.spec_steps - 1):
-            depth = lens + step
+        for step in range(self.depth(num_draft_tokens) - 1):
+            position = lens + step
             logits, features = self._head.forward(
                 self._kv,
                 beam.tokens,
                 features,
-                depth_entries(lens, step, self.topk),
+                lens + step * self.topk,
                 slots,
-                positions=depth.unsqueeze(1).expand(-1, self.topk),
+                positions=position.unsqueeze(1).expand(-1, self.topk),
                 tree_mask=sees,
             )
             beam = steps.next(*self._likeliest(logits))
             origin = beam.origin.unsqueeze(2)
             features = features.gather(1, origin.expand(-1, -1, features.shape[2]))
             sees = torch.cat((sees.gather(1, origin.expand(-1, -1, sees.shape[2])), itself), dim=2)
-        return steps.organize(num_draft_tokens).with_root(roots)
+        results = steps.organize(num_draft_tokens)
+        return (*results.with_root(roots), results.ranks)
 
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return probabilities and tokens ``[bs, q, topk]`` of the likeliest."""
         probs, drafted = top_k(logits.softmax(dim=-1), self.topk)
         return probs, self._head.draft_ids[drafted]
-
-
-def depth_entries(lens: Tensor, step: int, topk: int) -> Tensor:
-    """Return the entry ``[bs]`` from which on the nodes of a draft step are written."""
-    return lens + step * topk

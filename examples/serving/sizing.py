@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from examples.serving.step import plain_step, tree_step
+from hwcore.speculative import measure_costs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,22 +37,23 @@ def measure(
     are chains, the dearest to verify; size 1 is plain decoding. Rounds go through all sizes in
     turn, so that a disturbance hits them alike; medians count. One round goes ahead unmeasured.
     """
-    seconds: dict[int, list[float]] = {size: [] for size in sizes}
     model.length = 0
+    device = model.device
+
+    def step(size: int) -> None:
+        model.length = context
+        if size == 1:
+            plain_step(model, [1])
+        else:
+            nodes = torch.ones(1, size, dtype=torch.int64, device=device)
+            parents = torch.arange(-1, size - 1, device=device).unsqueeze(0)
+            tree_step(model, nodes, parents, size - 1)
+        if size == sizes[-1]:
+            tick()
+
     with torch.inference_mode():
         plain_step(model, [1] * context)
-        for measured in range(rounds + 1):
-            for size in sizes:
-                model.length = context
-                start = time.perf_counter()
-                if size == 1:
-                    plain_step(model, [1])
-                else:
-                    tree_step(model, [1] * size, range(-1, size - 1), size - 1)
-                if measured:
-                    seconds[size].append(time.perf_counter() - start)
-            tick()
-    return {size: statistics.median(times) for size, times in seconds.items()}
+        return measure_costs(step, sizes, rounds=rounds)
 
 
 class Sizer:

@@ -8,21 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from hwcore.speculative import (
-    CoinPurpose,
     SamplingParams,
     TreeMaskMode,
     build_tree,
     commit,
-    draw_coins,
     verify_greedy,
     verify_sampling,
 )
-from hwcore.speculative.distribution import draw, probabilities
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from examples.serving.model import Model
+    from hwcore.speculative import DraftTree, VerifyResult
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,14 @@ def plain_step(model: Model, tokens: list[int], sampling: Sampling = GREEDY) -> 
 
     The features are those of all the tokens.
     """
-    batch = torch.tensor([tokens], device=model.device)
+    device = model.device
+    batch = torch.tensor([tokens], device=device)
     logits, features = model.forward(batch, last=True)
-    if not sampling.temperature:
-        token = int(logits[0, -1].argmax())
-    else:
-        params = SamplingParams.of(temperatures=[sampling.temperature], device=model.device)
-        weights, _ = probabilities(logits[:, -1], params.temperatures)
-        seeds = torch.tensor([sampling.seed], device=model.device)
-        place = torch.tensor([[model.length]], device=model.device)
-        token = int(draw(weights, draw_coins(seeds, place, CoinPurpose.RESIDUAL)[:, 0]))
+    # A tree that is nothing but its root: what is verified is the token after it.
+    lens = torch.tensor([model.length - 1], device=device)
+    root, none = batch[:, -1:], torch.full((1, 1), -1, device=device)
+    tree = build_tree(root, none, lens, spec_steps=0, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
+    token = int(_verify(tree, logits, sampling).bonus_tokens)
     return Emitted([token], features, [0])
 
 
@@ -109,15 +105,8 @@ def tree_step(
         spec_steps=spec_steps,
         tree_mask_mode=TreeMaskMode.QLEN_ONLY,
     )
-    logits, features = model.forward(
-        tree.draft_tokens, tree.positions.unsqueeze(0), tree.tree_mask
-    )
-    if sampling.temperature:
-        params = SamplingParams.of(temperatures=[sampling.temperature], device=device)
-        seeds = torch.tensor([sampling.seed], device=device)
-        result = verify_sampling(tree, logits, params, seeds=seeds)
-    else:
-        result = verify_greedy(tree, logits)
+    logits, features = model.forward(tree.draft_tokens, tree.positions.unsqueeze(0), tree.tree_mask)
+    result = _verify(tree, logits, sampling)
     slots = model.slots[:, length : length + size]
     committed = commit(tree, result, seq_lens, slots, hidden_states=features)
     assert committed.kv_src is not None
@@ -129,3 +118,11 @@ def tree_step(
     model.length = length + len(tokens)
     assert committed.hidden_states is not None
     return Emitted(tokens, committed.hidden_states[:, : len(tokens)], path)
+
+
+def _verify(tree: DraftTree, logits: Tensor, sampling: Sampling) -> VerifyResult:
+    if not sampling.temperature:
+        return verify_greedy(tree, logits)
+    params = SamplingParams.of([sampling.temperature], device=logits.device)
+    seeds = torch.tensor([sampling.seed], device=logits.device)
+    return verify_sampling(tree, logits, params, seeds=seeds)
