@@ -16,8 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 import hwcore
+from examples.eagle_head.head import EagleHead
 from examples.serving import report, serve_report, sizing
-from examples.serving.compare import compare, top_two
+from examples.serving.compare import PLAIN, compare, top_two
+from examples.serving.drafters import Eagle, PromptLookup
+from examples.serving.eagle import EagleDrafter
 from examples.serving.llama import Llama
 from examples.serving.model import Model
 from examples.serving.prompts import PROMPTS, SERVED, as_chat
@@ -26,8 +29,14 @@ from examples.serving.weights import load
 
 if TYPE_CHECKING:
     from examples.serving.compare import Outcome
+    from examples.serving.drafters import Drafter
     from examples.serving.serve import Served
 
+HEAD = Path(__file__).parents[1] / "eagle_head" / "trained"
+TEMPERATURE = 0.8
+
+_CHAIN, _TREE = (1, 2, 3, 4, 5), (1, 4, 8, 12, 16)  # sizes to choose among
+_TOPK, _SPEC_STEPS = 4, 4
 _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half an answer
 
 
@@ -37,11 +46,19 @@ _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half 
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--short", is_flag=True, help="One prompt, four requests, few tokens, one round.")
 @click.option(
+    "--head",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=HEAD,
+    help="Folder of an EAGLE head; without one nothing is drafted with a head.",
+)
+@click.option(
     "--same-as",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="tokens.json of a run on another backend: the tokens must be those.",
 )
-def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None) -> None:
+def main(
+    out: Path, rounds: int, tokens: int, short: bool, head: Path, same_as: Path | None
+) -> None:
     """Decode real prompts in every way there is; write a report and the tokens.
 
     Exit status: 0 the tokens are the same in all ways, and those of the other backend; 1 they are
@@ -58,18 +75,38 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
         prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in (*chosen, *asked)}
         longest = max(map(len, prompts.values())) + tokens
         # A step may overshoot by a tree; costs are measured on the same cache.
-        slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES)
+        slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES) + _TOPK * _SPEC_STEPS
         llama = Llama(config, weights, hwcore.current_backend().device(), slots)
-        model = Model(llama, slots)
+        eagle = None
+        if (head / "config.json").is_file():
+            eagle = EagleHead.load(head, llama.embedding, slots)
+        else:
+            progress.console.print(f"[yellow]No EAGLE head in {head}: none is used[/]")
+        model = Model(llama, slots, taps=eagle.shape.taps if eagle else ())
         progress.update(task, description="Weights loaded", total=1, completed=1)
 
         passes = 3 if short else 7
-        task = progress.add_task("Measuring what a tree costs", total=passes + 1)
-        costs = sizing.measure(model, _CONTEXT, rounds=passes, tick=lambda: progress.advance(task))
+        task = progress.add_task("Measuring what trees cost", total=3)
+        costs = {"lookup": sizing.measure(model, _CONTEXT, rounds=passes)}
+        progress.advance(task)
+        drafters: dict[str, Drafter] = {"lookup": PromptLookup(costs["lookup"], model.device)}
+        if eagle is not None:
+            for way, topk, sizes in (("EAGLE chain", 1, _CHAIN), ("EAGLE tree", _TOPK, _TREE)):
+                runner = EagleDrafter(eagle, 1 + model.slots.shape[1], topk, _SPEC_STEPS)
+                drafters[way] = drafter = Eagle(runner, model, sizes)
+                costs[way] = drafter.calibrate(_CONTEXT, passes)
+                progress.advance(task)
+        progress.update(task, completed=3)
 
-        task = progress.add_task("Decoding, both ways", total=rounds * len(chosen))
+        task = progress.add_task("Decoding in every way", total=(rounds + 1) * len(chosen))
         texts = {prompt.name: prompts[prompt.name] for prompt in chosen}
-        outcomes = compare(model, texts, tokens, rounds, costs, tick=lambda: progress.advance(task))
+        decoding = task
+
+        def tick() -> None:
+            progress.advance(decoding)
+
+        outcomes = compare(model, texts, tokens, drafters, rounds, tick=tick)
+        sampled = compare(model, texts, tokens, drafters, 1, TEMPERATURE, tick)
 
         task = progress.add_task("Serving many at once", total=num_runs(len(asked), rounds))
         requests = {prompt.name: prompts[prompt.name] for prompt in asked}
@@ -83,20 +120,21 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
             tick=lambda: progress.advance(task),
         )
         more = serve_report.section(served)
-        path = report.write(out, outcomes, costs, tokenizer.eos_token_id, more)
+        path = report.write(out, outcomes, sampled, costs, tokenizer, more)
 
-    text = tokenizer.decode(outcomes[0].speculative[-1].tokens, skip_special_tokens=True)
+    text = tokenizer.decode(outcomes[0].runs[PLAIN][-1].tokens, skip_special_tokens=True)
     console.print(Panel(Text(text), title=f"{outcomes[0].name}: the answer"))
-    console.print(_summary(outcomes))
+    for title, table in (("Greedy", outcomes), (f"Temperature {TEMPERATURE}", sampled)):
+        console.print(_summary(title, table))
     console.print(_served(served))
     console.print(f"Report: {path}")
     wrong = [outcome for outcome in outcomes if outcome.first_difference() is not None]
     for outcome in wrong:
         place = outcome.first_difference()
-        best = top_two(model, outcome.prompt, outcome.plain[0].tokens[:place])
+        best = top_two(model, outcome.prompt, outcome.runs[PLAIN][0].tokens[:place])
         shown = ", ".join(f"{tokenizer.decode([token])!r} {logit:.6f}" for token, logit in best)
         console.print(f"[bold red]{outcome.name}: tokens differ at {place}[/]; logits: {shown}")
-    decoded = {outcome.name: outcome.plain[0].tokens for outcome in outcomes}
+    decoded = {outcome.name: outcome.runs[PLAIN][0].tokens for outcome in outcomes}
     decoded |= served.alone["plain"]
     (out / "tokens.json").write_text(json.dumps(decoded))
     elsewhere = decoded if same_as is None else json.loads(same_as.read_text())
@@ -106,15 +144,19 @@ def main(out: Path, rounds: int, tokens: int, short: bool, same_as: Path | None)
     raise SystemExit(1 if wrong or not served.sound or decoded != elsewhere else 0)
 
 
-def _summary(outcomes: list[Outcome]) -> Table:
-    table = Table("prompt", "accept length", "plain tok/s", "speculative tok/s", "ratio", "tokens")
+def _summary(title: str, outcomes: list[Outcome]) -> Table:
+    table = Table("prompt", "way", "accept length", "tok/s", "ratio", "tokens", title=title)
     for o in outcomes:
-        style = "green" if o.ratio >= report.PAYS else "yellow"
-        same = "identical" if o.first_difference() is None else "[bold red]DIFFERENT[/]"
-        speeds = f"{o.plain_tokens_per_s:.1f}", f"{o.speculative_tokens_per_s:.1f}"
-        table.add_row(
-            o.name, f"{o.accept_length:.2f}", *speeds, f"[{style}]{o.ratio:.2f}x[/]", same
-        )
+        for way in o.runs:
+            speed = f"{o.tokens_per_s(way):.1f}"
+            if way == PLAIN:
+                table.add_row(o.name, way, "", speed, "", "")
+                continue
+            style = "green" if o.ratio(way) >= report.PAYS else "yellow"
+            same = "identical" if o.first_difference() is None else "[bold red]DIFFERENT[/]"
+            same = "" if o.temperature else same
+            ratio = f"[{style}]{o.ratio(way):.2f}x[/]"
+            table.add_row("", way, f"{o.accept_length(way):.2f}", speed, ratio, same)
     return table
 
 

@@ -28,6 +28,11 @@ class Llama:
     device : torch.device
     max_context : int
         Positions that are prepared for: more than any request has tokens, drafts included.
+
+    Attributes
+    ----------
+    embedding : Tensor, float, [vocab, hidden]
+        Which a draft head shares.
     """
 
     def __init__(
@@ -45,9 +50,9 @@ class Llama:
             # One wide matrix product instead of several: fewer, larger operations.
             return torch.cat([weights[f"{name}.weight"] for name in names]).to(device)
 
-        self._embedding = fused("model.embed_tokens")
+        self.embedding = fused("model.embed_tokens")
         untied = "lm_head.weight" in weights and not config.tie_word_embeddings
-        self._head = fused("lm_head") if untied else self._embedding
+        self._head = fused("lm_head") if untied else self.embedding
         self._norm = fused("model.norm")
         self._blocks = []
         for layer in range(self.layers):
@@ -146,7 +151,7 @@ class Llama:
             Of all tokens, whatever ``last`` is.
         """
         where = self._attention.where(tokens.shape[1], lens, slots, counts, positions, tree_mask)
-        x = functional.embedding(tokens, self._embedding)  # [bs, q, hidden]
+        x = functional.embedding(tokens, self.embedding)  # [bs, q, hidden]
         features = []
         for layer, (block, entry) in enumerate(zip(self._blocks, kv, strict=True)):
             if layer in taps:
