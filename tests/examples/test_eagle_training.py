@@ -71,7 +71,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, data, embedding):
     rest = [second.step(data) for _ in range(7)]
 
     assert begun + rest == losses
-    assert {len(one) for one in begun} == {2, 3, 4}
+    assert {len(one) for one in losses} == {2, 3, 4}
     assert second.seen == through.seen
     for name, weight in through.weights.items():
         assert second.weights[name].equal(weight), name
