@@ -141,7 +141,7 @@ def commit(
 
 
 def _of_path(hidden_states: Tensor, accept_index: Tensor, ops: TorchOps) -> Tensor:
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    rows = hidden_states.flatten(0, -2)
     flat = accept_index.to(torch.int64).clamp(min=0)
     picked = ops.index_select(rows, 0, flat.view(-1)).view(*flat.shape, rows.shape[1])
     # Not a product with 0: what lies there may be NaN.

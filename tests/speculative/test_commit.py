@@ -85,6 +85,12 @@ def test_hidden_states_are_those_of_the_path(flat, device):
         assert got[row, :, 0].tolist() == expected
 
 
+def test_hidden_states_of_no_size(device):
+    tree, result, lens = verified(device, PATHS)
+    hidden = torch.ones(4, 6, 0, device=device)
+    assert commit(tree, result, lens, hidden_states=hidden).hidden_states.shape == (4, 4, 0)
+
+
 def test_hidden_states_keep_their_dtype(device):
     tree, result, lens = verified(device, PATHS)
     hidden = torch.ones(4, 6, 2, dtype=torch.bfloat16, device=device)
