@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwcore import kernels, speculative
-from hwcore.speculative import DraftTree, TreeMaskMode
+from hwcore.kernels import (
+    assert_and_invalidate,
+    build_tree,
+    commit_paths,
+    gather_rows,
+    mrope_positions,
+    verify_tree_greedy,
+    verify_tree_sampling,
+)
+from hwcore.testing.conformance import inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,108 +73,16 @@ def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     return value
 
 
-_NODES, _VOCABULARY = 7, 3  # few tokens, so that paths are accepted and siblings repeat
-_POOL, _WORDS = 9, 6
-
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _drawn_tree(generator: torch.Generator, bs: int) -> _Inputs:
-    earlier = [torch.randint(0, node, (bs,), generator=generator) for node in range(1, _NODES)]
-    parents = torch.stack([torch.full((bs,), -1), *earlier], dim=1)
-    tokens = torch.randint(0, _VOCABULARY, (bs, _NODES), generator=generator)
-    seq_lens = torch.randint(0, 40, (bs,), generator=generator)
-    mode = TreeMaskMode(int(torch.randint(0, len(TreeMaskMode), (), generator=generator)))
-    # The sum sizes a FULL mask; a device would have to be asked for it.
-    named = {"tree_mask_mode": mode, "seq_lens_sum": int(seq_lens.sum())}
-    return (tokens, parents, seq_lens), named
-
-
-def _tree(generator: torch.Generator, bs: int) -> DraftTree:
-    arguments, named = _drawn_tree(generator, bs)
-    return speculative.build_tree(*arguments, **named)
-
-
-def _tree_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    (_, parents, seq_lens), named = _drawn_tree(generator, bs)
-    mode, total = int(named["tree_mask_mode"]), named["seq_lens_sum"]
-    return (parents, seq_lens, _NODES - 1, mode, total), {}
-
-
-def _verify_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    tree = _tree(generator, bs)
-    target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
-    return (*_links_of(tree), target, _NODES - 1), {}
-
-
-def _links_of(tree: DraftTree) -> tuple[torch.Tensor, ...]:
-    links = tree.retrieve_next_token, tree.retrieve_next_sibling
-    return tree.draft_tokens, tree.parents, *links
-
-
-def _sampling_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    tree = _tree(generator, bs)
-    logits = torch.randn(bs, _NODES, _VOCABULARY, generator=generator)
-    temperatures = torch.rand(bs, generator=generator) + 0.5
-    coins = torch.rand(2, bs, _NODES, generator=generator)
-    filters = (
-        torch.randint(1, _VOCABULARY + 1, (bs,), generator=generator),
-        torch.rand(bs, generator=generator) * 0.5 + 0.5,
-        torch.rand(bs, generator=generator) * 0.5,
-    )
-    # Each of them may be missing; a greedy request may be there.
-    missing = torch.randint(0, 2, (4,), generator=generator).tolist()
-    filters = tuple(None if gone else one for one, gone in zip(filters, missing, strict=False))
-    if missing[3]:
-        temperatures[:1] = 0
-    rule = (1.0, 1.0, _NODES - 1, bool(missing[3]))
-    return (*_links_of(tree), logits, temperatures, *filters, *coins, *rule), {}
-
-
-def _commit_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    tree = _tree(generator, bs)
-    target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
-    result = speculative.verify_greedy(tree, target)
-    seq_lens = torch.randint(0, 40, (bs,), generator=generator)
-    slots = torch.randperm(bs * _NODES, generator=generator).view(bs, _NODES)
-    page_size = int(torch.randint(1, 5, (), generator=generator))
-    path = result.predict, result.accept_index, result.accept_lens
-    return (*path, seq_lens, slots, page_size), {}
-
-
-def _mrope_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    deltas = torch.randint(-40, 40, (_POOL,), generator=generator)
-    rows = torch.randint(0, _POOL, (bs,), generator=generator)
-    lens = torch.randint(0, 5, (bs,), generator=generator)
-    positions = torch.randint(0, 99, (int(lens.sum()),), generator=generator)
-    return (deltas, rows, positions, lens.cumsum(0) - lens), {}
-
-
-def _gather_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    words = torch.iinfo(torch.int64).max  # any bits
-    rows = torch.randint(-words, words, (_POOL, _WORDS), generator=generator)
-    dtype = (torch.int64, torch.int32)[int(torch.randint(0, 2, (), generator=generator))]
-    indices = torch.randint(0, _POOL, (bs,), generator=generator).to(dtype)
-    return (rows, indices, torch.zeros(bs, _WORDS, dtype=torch.int64)), {}
-
-
-def _invalidate_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    guards = torch.randint(-4, 40, (bs,), generator=generator)
-    state = torch.randint(0, 40, (_POOL, 3), generator=generator, dtype=torch.int32)
-    indices = torch.randint(0, _POOL, (bs,), generator=generator)
-    return (guards, state, indices, torch.zeros((), dtype=torch.int64)), {}
-
-
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        Operation("build_tree", kernels.build_tree, _tree_inputs),
-        Operation("verify_tree_greedy", kernels.verify_tree_greedy, _verify_inputs),
-        Operation("verify_tree_sampling", kernels.verify_tree_sampling, _sampling_inputs),
-        Operation("commit_paths", kernels.commit_paths, _commit_inputs),
-        Operation("mrope_positions", kernels.mrope_positions, _mrope_inputs),
-        Operation("gather_rows", kernels.gather_rows, _gather_inputs),
-        Operation("assert_and_invalidate", kernels.assert_and_invalidate, _invalidate_inputs),
+        Operation("build_tree", build_tree, inputs.tree_inputs),
+        Operation("verify_tree_greedy", verify_tree_greedy, inputs.greedy_inputs),
+        Operation("verify_tree_sampling", verify_tree_sampling, inputs.sampling_inputs),
+        Operation("commit_paths", commit_paths, inputs.commit_inputs),
+        Operation("mrope_positions", mrope_positions, inputs.mrope_inputs),
+        Operation("gather_rows", gather_rows, inputs.gather_inputs),
+        Operation("assert_and_invalidate", assert_and_invalidate, inputs.invalidate_inputs),
     )
 }
 """Every operation that has a reference, by the name that ``kernels()`` uses for it."""

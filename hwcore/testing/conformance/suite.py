@@ -21,6 +21,7 @@ from hwcore.testing.conformance.groups.ordering import Ordering
 from hwcore.testing.conformance.groups.overlap import Overlap
 from hwcore.testing.conformance.groups.processes import Processes
 from hwcore.testing.conformance.groups.random_numbers import RandomNumbers
+from hwcore.testing.conformance.groups.sampling import Sampling
 from hwcore.testing.conformance.groups.streams import Streams
 from hwcore.testing.conformance.groups.waiting import Waiting
 from hwcore.testing.conformance.subject import open_kit
@@ -47,6 +48,7 @@ GROUPS = (
     Distributed,
     Processes,
     Kernels,
+    Sampling,
     Overlap,
 )
 """Every group, in the order of reports. A new one is a module of ``groups/`` and a line here."""

@@ -7,6 +7,8 @@ that differ from the simulated accelerator's own and are right all the same.
 from __future__ import annotations
 
 import contextlib
+import pathlib
+import sys
 import threading
 import time
 import weakref
@@ -16,8 +18,13 @@ import torch
 import hwcore
 from hwcore.graphs.tape import Tape
 from hwcore.graphs.tape import is_capturing as tape_is_capturing
-from hwcore.kernels import gather_rows
-from hwcore.speculative import verify_greedy
+from hwcore.kernels import (
+    build_tree,
+    commit_paths,
+    gather_rows,
+    mrope_positions,
+    verify_tree_greedy,
+)
 from hwcore.types import (
     Availability,
     CompilePolicy,
@@ -27,6 +34,9 @@ from hwcore.types import (
     TransferEngineSpec,
 )
 from hwcore_sim.plugin import SimPlugin
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from sampling_kernel import sampling_kernel
 
 FAULTS = {}
 SOUND = {"SimPlugin": SimPlugin}
@@ -727,67 +737,180 @@ def with_kernel(name, kernel):
     return kernels
 
 
-def changed(result, **fields):
-    values = {name: getattr(result, name) for name in type(result).__dataclass_fields__}
-    return type(result)(**{**values, **fields})
+def with_sampling(**fault):
+    return with_kernel("verify_tree_sampling", sampling_kernel(**fault))
 
 
-def wrong_dtype(tree, target):
-    result = verify_greedy(tree, target)
-    return changed(result, accept_lens=result.accept_lens.to(torch.int64))
+def changed(results, place, change):
+    """Return the results of a verification, one of them changed."""
+    return (*results[:place], change(results[place]), *results[place + 1 :])
 
 
-def wrong_value(tree, target):
-    result = verify_greedy(tree, target)
-    return changed(result, accept_lens=result.accept_lens + (result.accept_lens > 1))
+LENS = 2  # where accept_lens are among the results
 
 
-def breaks_on_empty(tree, target):
-    if target.shape[0] == 0:
+def wrong_dtype(*args):
+    return changed(verify_tree_greedy(*args), LENS, lambda lens: lens.to(torch.int64))
+
+
+def wrong_value(*args):
+    return changed(verify_tree_greedy(*args), LENS, lambda lens: lens + (lens > 1))
+
+
+def on_the_host(*args):
+    return changed(verify_tree_greedy(*args), LENS, torch.Tensor.cpu)
+
+
+def breaks_on_empty(*args):
+    if args[0].shape[0] == 0:
         message = "grid of 0 blocks"
         raise RuntimeError(message)
-    return verify_greedy(tree, target)
+    return verify_tree_greedy(*args)
 
 
-def takes_contiguous_only(tree, target):
+def takes_contiguous_only(*links_and_target):
     # What a kernel does that goes by the pointer and the shape.
+    *links, target, steps = links_and_target
     flat = torch.as_strided(target, target.shape, torch.empty(target.shape).stride())
-    return verify_greedy(tree, flat)
+    return verify_tree_greedy(*links, flat, steps)
 
 
-def on_the_host(tree, target):
-    result = verify_greedy(tree, target)
-    return changed(result, accept_lens=result.accept_lens.cpu())
+def writes_to_its_logits(*args):
+    results = verify_tree_greedy(*args)
+    args[4][..., :1].fill_(0)
+    return results
 
 
 @fault("kernels")
 class KernelOfAWrongDtype(SimPlugin):
-    kernels = with_kernel("verify_greedy", wrong_dtype)
+    kernels = with_kernel("verify_tree_greedy", wrong_dtype)
 
 
 @fault("kernels")
 class KernelOfAWrongValue(SimPlugin):
-    kernels = with_kernel("verify_greedy", wrong_value)
+    kernels = with_kernel("verify_tree_greedy", wrong_value)
 
 
 @fault("kernels")
 class KernelBreaksOnAnEmptyBatch(SimPlugin):
-    kernels = with_kernel("verify_greedy", breaks_on_empty)
+    kernels = with_kernel("verify_tree_greedy", breaks_on_empty)
 
 
 @fault("kernels")
 class KernelTakesContiguousInputsOnly(SimPlugin):
-    kernels = with_kernel("verify_greedy", takes_contiguous_only)
+    kernels = with_kernel("verify_tree_greedy", takes_contiguous_only)
 
 
 @fault("kernels")
 class KernelAnswersOnTheHost(SimPlugin):
-    kernels = with_kernel("verify_greedy", on_the_host)
+    kernels = with_kernel("verify_tree_greedy", on_the_host)
+
+
+@fault("kernels")
+class KernelWritesToItsLogits(SimPlugin):
+    kernels = with_kernel("verify_tree_greedy", writes_to_its_logits)
 
 
 @fault("kernels")
 class KernelOfAnUnknownName(SimPlugin):
-    kernels = with_kernel("verify_gredy", verify_greedy)
+    kernels = with_kernel("verify_tree_gredy", verify_tree_greedy)
+
+
+def prefers_the_highest_token(draft_tokens, parents, next_token, next_sibling, target, steps):
+    if target.is_floating_point():
+        turned = target.flip(2).argmax(2)
+        target = target.shape[2] - 1 - turned
+    return verify_tree_greedy(draft_tokens, parents, next_token, next_sibling, target, steps)
+
+
+@fault("kernels")
+class GreedyTakesTheHighestOfEqualLogits(SimPlugin):
+    kernels = with_kernel("verify_tree_greedy", prefers_the_highest_token)
+
+
+@fault("kernels")
+class SamplingAcceptsAtTheCoin(SimPlugin):
+    """`<=` instead of `<`."""
+
+    kernels = with_sampling(accepts=torch.le)
+
+
+@fault("kernels")
+class SamplingAcceptsAtTheCoinWithoutMass(SimPlugin):
+    kernels = with_sampling(accepts=torch.le, massless_too=True)
+
+
+@fault("kernels")
+class SamplingKeepsTheResidual(SimPlugin):
+    kernels = with_sampling(residual_kept=True)
+
+
+@fault("kernels")
+class SamplingTakesTheArgmax(SimPlugin):
+    kernels = with_sampling(argmax=True)
+
+
+@fault("kernels")
+class SamplingUsesACoinTwice(SimPlugin):
+    kernels = with_sampling(coin_reused=True)
+
+
+@fault("kernels")
+class SamplingCountsDuplicatesTwice(SimPlugin):
+    kernels = with_sampling(duplicates_count=True)
+
+
+@fault("kernels")
+class SamplingFallsThrough(SimPlugin):
+    kernels = with_sampling(falls_through=True)
+
+
+@fault("kernels")
+class SamplingReversesSiblings(SimPlugin):
+    kernels = with_sampling(siblings_reversed=True)
+
+
+@fault("kernels")
+class SamplingReadsTheBonusWithAnotherStride(SimPlugin):
+    kernels = with_sampling(bonus_stride=True)
+
+
+def forgets_padding(parents, seq_lens, steps, mode, total):
+    positions, mask, first, sibling = build_tree(parents, seq_lens, steps, mode, total)
+    return (
+        positions + (parents < 0) * (torch.arange(parents.shape[1], device=parents.device) > 0),
+        mask,
+        first,
+        sibling,
+    )
+
+
+def moves_to_the_end(predict, index, accept_lens, seq_lens, slots, page_size):
+    results = commit_paths(predict, index, accept_lens, seq_lens, slots, page_size)
+    if slots is None:
+        return results
+    return (*results[:4], slots.flip(1)[:, : index.shape[1]].contiguous())
+
+
+def counts_no_starts(deltas, rows, positions, starts):
+    if starts is None or len(rows) == 0:
+        return mrope_positions(deltas, rows, positions, starts)
+    return (positions + deltas[rows[0]]).repeat(3, 1)
+
+
+@fault("kernels")
+class TreeCountsPaddingAsDeep(SimPlugin):
+    kernels = with_kernel("build_tree", forgets_padding)
+
+
+@fault("kernels")
+class CommitMovesToTheEnd(SimPlugin):
+    kernels = with_kernel("commit_paths", moves_to_the_end)
+
+
+@fault("kernels")
+class MropeGivesAllTheFirstDelta(SimPlugin):
+    kernels = with_kernel("mrope_positions", counts_no_starts)
 
 
 def gathers_the_row_before(rows, indices, out):
@@ -1149,8 +1272,13 @@ class LacksOperatorsAndSaysSo(SimPlugin):
 
 
 @sound()
-class HasKernels(SimPlugin):
-    kernels = with_kernel("verify_greedy", verify_greedy)
+class HasAKernel(SimPlugin):
+    kernels = with_kernel("verify_tree_greedy", verify_tree_greedy)
+
+
+@sound()
+class SamplesItsOwnWay(SimPlugin):
+    kernels = with_sampling()
 
 
 @sound()

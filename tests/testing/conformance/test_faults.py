@@ -48,6 +48,42 @@ REQUIRED = {
     "SetDeviceLeaksToOtherThreads": "set_device",
     "KernelOfAWrongDtype": "kernels",
     "KernelBreaksOnAnEmptyBatch": "kernels",
+    "SamplingAcceptsAtTheCoin": "kernels",
+    "SamplingKeepsTheResidual": "kernels",
+    "SamplingTakesTheArgmax": "kernels",
+    "SamplingUsesACoinTwice": "kernels",
+    "SamplingCountsDuplicatesTwice": "kernels",
+    "SamplingFallsThrough": "kernels",
+    "SamplingReversesSiblings": "kernels",
+    "SamplingReadsTheBonusWithAnotherStride": "kernels",
+}
+
+# What is emitted gives each of these away, without a look at the reference's results: so that a
+# kernel is found as well whose coins cannot be given.
+BY_DISTRIBUTION = {
+    "SamplingAcceptsAtTheCoin": "test_a_coin_equal_to_the_probability_rejects",
+    "SamplingAcceptsAtTheCoinWithoutMass": "test_extreme_coins_emit_no_token_without_probability",
+    "SamplingKeepsTheResidual": "test_sampled_sequences_have_the_targets_distribution",
+    "SamplingTakesTheArgmax": "test_sampled_sequences_have_the_targets_distribution",
+    "SamplingUsesACoinTwice": "test_sampled_sequences_have_the_targets_distribution",
+    "SamplingCountsDuplicatesTwice": "test_sampled_sequences_have_the_targets_distribution",
+    "SamplingFallsThrough": "test_extreme_coins_emit_no_token_without_probability",
+    "SamplingReversesSiblings": "test_thresholds_favour_siblings_in_their_order",
+    "SamplingReadsTheBonusWithAnotherStride": (
+        "test_sampled_sequences_have_the_targets_distribution"
+    ),
+}
+
+OPERATION_AT_FAULT = {
+    **dict.fromkeys(BY_DISTRIBUTION, "verify_tree_sampling"),
+    "KernelOfAWrongValue": "verify_tree_greedy",
+    "GreedyTakesTheHighestOfEqualLogits": "verify_tree_greedy",
+    "KernelWritesToItsLogits": "verify_tree_greedy",
+    "TreeCountsPaddingAsDeep": "build_tree",
+    "CommitMovesToTheEnd": "commit_paths",
+    "MropeGivesAllTheFirstDelta": "mrope_positions",
+    "GatherOfTheWrongRow": "gather_rows",
+    "KernelThatLeavesRowsFull": "assert_and_invalidate",
 }
 
 
@@ -104,6 +140,18 @@ def test_a_fault_is_caught_and_its_hook_named(reports, name, hook):
     named = {failure.hook: failure.messages for failure in report.failures}
     assert hook in named
     assert all(message.startswith(f"{hook}: ") for message in named[hook])
+
+
+@pytest.mark.parametrize(("name", "test"), BY_DISTRIBUTION.items())
+def test_a_sampling_fault_is_found_by_what_is_emitted(reports, name, test):
+    failed = {test.id for test in reports[name].tests if test.outcome == "failed"}
+    assert f"sampling::{test}" in failed
+
+
+@pytest.mark.parametrize(("name", "operation"), OPERATION_AT_FAULT.items())
+def test_a_wrong_kernel_is_named_by_its_operation(reports, name, operation):
+    (messages,) = (it.messages for it in reports[name].failures if it.hook == "kernels")
+    assert any(f"`{operation}`" in message for message in messages)
 
 
 def test_most_faults_are_blamed_on_their_hook_alone(reports):
