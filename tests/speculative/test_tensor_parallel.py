@@ -70,7 +70,9 @@ def test_ranks_with_other_roundings_commit_the_same_tokens(hw, ranks, sampling):
 
 @pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampled"])
 def test_without_the_broadcast_they_would_not(ranks, sampling):
-    first, second = committed(ranks(60, broadcast=False, layers=False, sampling=sampling, steps=100))
+    first, second = committed(
+        ranks(60, broadcast=False, layers=False, sampling=sampling, steps=100)
+    )
     assert first[1] != second[1]
 
 

@@ -17,9 +17,7 @@ WAYS = [
 @pytest.mark.parametrize(("topk", "page_size", "plan_stream", "graphs"), WAYS)
 def test_greedy_tokens_are_those_of_plain_decoding(hw, topk, page_size, plan_stream, graphs):
     asked = requests()
-    engine = ToyEngine(
-        hw, topk=topk, page_size=page_size, plan_stream=plan_stream, graphs=graphs
-    )
+    engine = ToyEngine(hw, topk=topk, page_size=page_size, plan_stream=plan_stream, graphs=graphs)
     got = engine.run(asked)
     assert got == [greedy_answer(r.prompt, r.count) for r in asked]
     print(engine.seen)
