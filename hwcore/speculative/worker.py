@@ -102,7 +102,8 @@ class EagleVerifyWorker:
     req_to_token : Tensor, int64 or int32, [pool, max_context], optional
         KV slots by row and place: where ``VerifyBatch.cache_locs`` are looked up.
     mrope_deltas : Tensor, int64, [pool], optional
-        Of a model with mrope positions: what each row's differ by.
+        Of a model with mrope positions: what each row's differ by. Not looked at for a forward that
+        does not take ``mrope_positions``, such as a text model that shares the pool.
     spec_steps : int, optional
         Bound on the depth of trees; default ``N - 1``.
     tree_mask_mode : TreeMaskMode
@@ -192,7 +193,7 @@ class EagleVerifyWorker:
             spec_steps=spec_steps,
             tree_mask_mode=tree_mask_mode,
             req_to_token=req_to_token,
-            mrope_deltas=mrope_deltas,
+            mrope_deltas=mrope_deltas if self._takes("mrope_positions") else None,
             num_slots=num_slots,
             page_size=page_size,
             fence=fence,
@@ -404,6 +405,8 @@ class EagleVerifyWorker:
             slots = self._runner.buffers.slots
             renewed = {name: t for name, t in inputs.renewed.items() if name in slots}
             return self._runner.replay(inputs.graph, renewed)
-        names = self._names
         given = inputs.by_name.items()
-        return self._forward(**{name: t for name, t in given if names is None or name in names})
+        return self._forward(**{name: t for name, t in given if self._takes(name)})
+
+    def _takes(self, name: str) -> bool:
+        return self._names is None or name in self._names
