@@ -217,7 +217,6 @@ class Planner:
             "tree_mask": tree.tree_mask,
             "seq_lens": batch.seq_lens,
             "rows": batch.rows.to(torch.int64),
-            **batch.extra,
         }
         located, table = batch.cache_locs, self._req_to_token
         if located is None and table is not None:
@@ -237,6 +236,11 @@ class Planner:
                 outputs[_MROPE] = inputs[_MROPE] = compute_spec_mrope_positions(
                     self._deltas, batch.rows, tree.positions, backend=self._hw
                 )
+        twice = sorted(inputs.keys() & batch.extra.keys())
+        if twice:
+            expected, fix = f"other names than {', '.join(inputs)}", "Rename it in the forward"
+            raise ArgumentValueError(describe(self._where, "batch.extra", twice[0], expected, fix))
+        inputs.update(batch.extra)
         outputs.update(tree=tree, inputs=inputs)
         outputs["graph"] = self._in_graph(batch, inputs) if verdict else None
 

@@ -143,10 +143,10 @@ class TestFourConditions:
 
     def test_the_batch_has_positions(self, hw, named):
         """A forward that makes its own where it is given none is given none."""
-        seen = []
+        seen, given = [], []
 
         def forward(draft_tokens, mrope_positions=None, **inputs):
-            assert "positions" not in inputs
+            given.append("positions" in inputs)
             own = torch.zeros(3, draft_tokens.numel(), dtype=torch.int64, device=hw.device())
             seen.append(own if mrope_positions is None else mrope_positions)
             return draft_tokens + 1
@@ -155,6 +155,7 @@ class TestFourConditions:
         steps.worker._forward, steps.worker._names = forward, None
         run(steps, steps.batch([1, 3], [4, 9], has_positions=False))
         assert seen[0].tolist() == [[0] * 2 * N] * 3
+        assert given == [False]
         steps.held([1, 3])
         steps.close()
 
