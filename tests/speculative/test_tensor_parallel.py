@@ -1,4 +1,4 @@
-"""Two processes compute one model, one of them a little off: they commit the same, or say why not."""
+"""Two processes compute one model, one of them a little off, and commit the same tokens."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_a_rank_whose_peer_hangs_waits_as_long_as_it_was_told(ranks):
     assert "within 2 s" in out
 
 
-# --- One process -----------------------------------------------------------------------------------
+# --- One process ----------------------------------------------------------------------------------
 
 
 def test_results_that_go_through_the_host_are_refused_within_a_capture(hw, alone, result):

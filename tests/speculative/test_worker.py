@@ -9,7 +9,7 @@ import torch
 import hwcore
 from hwcore.cpu import CpuPlugin
 from hwcore.errors import ArgumentTypeError, CapabilityError
-from hwcore.graphs import TOKENS_PER_REQUEST, GraphRunner
+from hwcore.graphs import GraphRunner
 from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
 from hwcore.speculative import (
     EagleVerifyWorker,

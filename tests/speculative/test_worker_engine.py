@@ -1,4 +1,4 @@
-"""A toy engine on the worker: whatever is overlapped, paged, captured or retracted, the same tokens."""
+"""A toy engine on the worker: paged, overlapped, captured, retracted, and the same tokens."""
 
 import pytest
 

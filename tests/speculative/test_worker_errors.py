@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, ClosedError, HwcoreError
-from hwcore.graphs import TOKENS, Slot
-from hwcore.overlap import FutureMap, RelaySpec
+from hwcore.graphs import TOKENS, GraphRunner, Slot
+from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
 from hwcore.speculative import EagleVerifyWorker, SamplingParams, TreeMaskMode, verify_slots
 
 from ._steps import CONTEXT, N, Steps
@@ -141,8 +141,8 @@ def test_a_row_twice_is_found_where_the_host_sees_it_and_cannot_be_put_back(hw):
         steps.worker.run(twice)
     (note,) = caught.value.__notes__
     assert note.startswith("What was resolved for the batch could not be put back: FutureMap.stash")
-    with pytest.raises(HwcoreError, match="row 1 .* was read twice"):
-        steps.held([1])
+    steps.held([1])
+    with pytest.raises(HwcoreError, match=r"row 1 .* was read twice"):
         steps.relay.check()
     steps.worker.close()
 
@@ -181,8 +181,6 @@ class TestWhatOthersRaise:
 
         def paged(draft_tokens, rows, positions, cache_locs, page_table):
             return forward(draft_tokens, rows, positions, cache_locs)
-
-        from hwcore.graphs import GraphRunner
 
         slots = verify_slots(paged, extra={"page_table": Slot(torch.int64, (TOKENS,))})
         with GraphRunner(paged, slots, [(4, N)], backend=hw) as runner:
@@ -377,14 +375,13 @@ def test_a_map_of_drafts_wants_a_draft_model(hw, sizes):
 
 def test_a_map_of_hidden_states_wants_some(hw):
     steps = Steps(hw, relay=RelaySpec(pool_size=6, hidden_size=4))
+    steps.worker._forward = lambda draft_tokens, **inputs: draft_tokens + 1
+    batch = batch_with_hidden(steps)
     with pytest.raises(ArgumentValueError, match=r"got None .*hidden states, for relay holds"):
-        steps.worker._forward = lambda **inputs: inputs["draft_tokens"] + 1
-        steps.worker.run(dataclasses.replace(steps_batch(steps), relayed=None))
+        steps.worker.run(batch)
 
 
-def steps_batch(steps):
-    from hwcore.overlap import RelayPayload
-
+def batch_with_hidden(steps):
     hidden = torch.zeros(1, 4, dtype=torch.bfloat16, device=steps.device)
     steps.relay.publish(steps.on([1]), steps.on([4]))
     steps.relay.stash(steps.on([1]), RelayPayload(steps.on([10]), hidden_states=hidden))
