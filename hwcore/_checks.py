@@ -84,6 +84,7 @@ def check_values(
     where: str, name: str, values: torch.Tensor, bad: torch.Tensor, expected: str, fix: str
 ) -> None:
     """Raise if the boolean ``bad`` is set anywhere, naming the first place and value there."""
+    bad = bad.cpu()  # it is read here anyway, and the device may lack what finds the place
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
         what = f"{name}[{', '.join(map(str, place))}]"

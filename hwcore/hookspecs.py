@@ -291,7 +291,9 @@ class HookSpecs:
         """Say whether ``tensor`` must be copied to the CPU before it is used for ``purpose``.
 
         ``purpose`` is ``"serialize"`` (its bytes are read by the host), ``"numpy"``, or the name
-        of an operator that the device may lack, such as ``"topk"``.
+        of an operator that the device may lack, such as ``"topk"``; ``"scatter"`` stands for the
+        one that works in place as well. The core asks about an operator once, with any tensor of
+        the device. After True it runs that one on the CPU, and the host waits for it each time.
 
         Default: for ``"serialize"`` and ``"numpy"`` any tensor that is not on the CPU; for an
         operator, False.

@@ -31,6 +31,11 @@ _STATE_STYLES = {
     "broken": "bold red",
     "disabled": "dim",
 }
+_KERNEL_TITLES = {
+    "plugin": "kernels of the plugin",
+    "reference": "portable references",
+    "unknown": "[yellow]kernels that the core never calls[/]",
+}
 
 
 @click.command()
@@ -155,6 +160,18 @@ class _View:
         state = "on" if activation.compile_enabled else "off"
         reason = f": {escape(activation.compile_reason)}" if activation.compile_reason else ""
         self._print(f"torch.compile is {state}{reason}")
+        if activation.on_cpu_error:
+            self._print(f"[yellow]operators[/]: {escape(activation.on_cpu_error)}")
+        elif activation.on_cpu:
+            names = ", ".join(activation.on_cpu)
+            self._print(
+                f"[yellow]on the CPU[/] ({len(activation.on_cpu)}), for the plugin says that the "
+                f"device lacks them; the host waits each time: {names}"
+            )
+        for source, title in _KERNEL_TITLES.items():
+            having = [name for name, found in activation.kernels.items() if found == source]
+            if having:
+                self._print(f"{title} ({len(having)}): [dim]{escape(', '.join(having))}[/]")
 
     def verdict(self, code: int) -> None:
         meanings = ("all is well", "a plugin is broken", "selection would fail")

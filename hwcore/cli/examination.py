@@ -134,6 +134,7 @@ def activate(backend: str | None) -> tuple[report.TorchImport, report.Activation
     if backend is None:
         return torch_import, None
     answer = heard.get("activation", {"ok": True})
+    answer = {**answer, **heard.get("operators", {})}
     if answer["ok"] and ("activation" not in heard or "died" in heard):
         # One that answered and died afterwards has not worked either.
         answer = {**answer, "ok": False, "error": _end(heard)}

@@ -68,6 +68,9 @@ class Activation(msgspec.Struct, frozen=True, kw_only=True):
     compile_enabled: bool | None = None
     compile_reason: str | None = None
     hooks: dict[str, str] = {}
+    on_cpu: list[str] | None = None
+    on_cpu_error: str | None = None
+    kernels: dict[str, Literal["plugin", "reference", "unknown"]] = {}
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+from hwcore.kernels.torch_ops import TORCH
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwcore.kernels.torch_ops import TorchOps
+
 __all__ = ["assert_and_invalidate", "gather_rows"]
 
 
-def gather_rows(rows: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, indices: Tensor, out: Tensor, *, ops: TorchOps = TORCH) -> Tensor:
     """Copy rows of one tensor into another.
 
     Parameters
@@ -22,6 +24,8 @@ def gather_rows(rows: Tensor, indices: Tensor, out: Tensor) -> Tensor:
         In [0, pool); rows may repeat.
     out : Tensor, int64, [bs, words], device
         Overwritten.
+    ops : TorchOps
+        No part of a kernel's contract: what the reference calls torch through.
 
     Returns
     -------
@@ -34,11 +38,12 @@ def gather_rows(rows: Tensor, indices: Tensor, out: Tensor) -> Tensor:
     Here what belongs to a request lies in one row, so that one gather is all there is. Host sync:
     no. Graph-safe: yes.
     """
-    return torch.index_select(rows, 0, indices, out=out)
+    gathered: Tensor = ops.index_select(rows, 0, indices, out=out)
+    return gathered
 
 
 def assert_and_invalidate(
-    guards: Tensor, state: Tensor, indices: Tensor, outcome: Tensor
+    guards: Tensor, state: Tensor, indices: Tensor, outcome: Tensor, *, ops: TorchOps = TORCH
 ) -> tuple[Tensor, Tensor]:
     """Note whether any row that was read had been empty, and empty the rows.
 
@@ -52,6 +57,8 @@ def assert_and_invalidate(
         The rows that were read.
     outcome : Tensor, int64, [], device
         Receives the least guard word; 0 for an empty batch.
+    ops : TorchOps
+        No part of a kernel's contract: what the reference calls torch through.
 
     Returns
     -------
@@ -65,4 +72,4 @@ def assert_and_invalidate(
     """
     if guards.numel() == 0:
         return outcome.zero_(), state
-    return torch.amin(guards, 0, out=outcome), state.index_fill_(0, indices, -1)
+    return ops.amin(guards, 0, out=outcome), ops.index_fill_(state, 0, indices, -1)

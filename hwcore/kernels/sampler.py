@@ -22,7 +22,9 @@ PART = 2**18
 """Logits that a CPU works on at a time, 1 MiB of float32: they stay in its cache from one pass to
 the next."""
 
-_KEPT = 8 * PART  # weights kept until the walk's decisions have been taken, by many requests at once
+_KEPT = (
+    8 * PART
+)  # weights kept until the walk's decisions have been taken, by many requests at once
 _NOBODY = -2  # parent of a node that is never accepted
 
 

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     Processor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
     Verified: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-__all__ = ["Level", "Outputs", "Processor", "Rows", "Step", "Tree", "Verified", "walk_all", "walk_the_living"]
+__all__ = [
+    "Level",
+    "Outputs",
+    "Processor",
+    "Rows",
+    "Step",
+    "Tree",
+    "Verified",
+    "walk_all",
+    "walk_the_living",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -74,7 +84,9 @@ class Level:
     def path_tokens(self) -> Tensor:
         """Return the tokens from the root to the node, ``[k, nodes]``; -1 where one ended."""
         path = torch.stack(self.path, dim=1)
-        tokens = self.tree.ops.gather(self.of_requests(self.tree.draft_tokens), 1, path.clamp(min=0))
+        tokens = self.tree.ops.gather(
+            self.of_requests(self.tree.draft_tokens), 1, path.clamp(min=0)
+        )
         return torch.where(path >= 0, tokens, -1)
 
     def _part(self, cut: slice) -> Level:

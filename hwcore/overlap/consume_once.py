@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hwcore.errors import ConsumeOnceError
-from hwcore.kernels import assert_and_invalidate, kernel
+from hwcore.kernels import assert_and_invalidate, kernel, torch_ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,14 +65,17 @@ class ConsumeOnce:
         from hwcore.compilation import compile as compiled
 
         device, pool_size = rows.words.device, spec.pool_size
+        self._ops = torch_ops(backend)
         self._pool_size = pool_size
         self._guards = rows.views["guard"]
         self._state = rows.state()
         self._flags = self._state[:, 0]
         self._padding, self._trash = self._state[0], self._state[pool_size]
-        self._assert_and_invalidate = compiled(
-            kernel(backend, assert_and_invalidate), dynamic=True, fullgraph=True, backend=backend
-        )
+        self._assert_and_invalidate = kernel(backend, assert_and_invalidate)
+        if not self._ops.on_cpu:  # no compiler follows work to the host and back
+            self._assert_and_invalidate = compiled(
+                self._assert_and_invalidate, dynamic=True, fullgraph=True, backend=backend
+            )
         self._numbers = torch.arange(max(pool_size + 1, spec.batch_limit), device=device)
         self._last = torch.zeros(pool_size + 1, dtype=torch.int64, device=device)
         self._outcomes = torch.zeros(len(Check), dtype=torch.int64, device=device)
@@ -109,21 +112,22 @@ class ConsumeOnce:
         """Note rows that are still full, or twice in one stash, before they are written."""
         self._begin(iteration)
         # A full row's guard is its number, an empty one's is negative: inverted, the other way.
-        self._note(Check.WRITE, ~self._guards.index_select(0, targets))
+        self._note(Check.WRITE, ~self._ops.index_select(self._guards, 0, targets))
         order = self._numbers[: targets.shape[0]]
-        self._last.index_copy_(0, targets, order)
-        twice = (self._last.index_select(0, targets) != order) & (targets < self._pool_size)
+        self._ops.index_copy_(self._last, 0, targets, order)
+        last = self._ops.index_select(self._last, 0, targets)
+        twice = (last != order) & (targets < self._pool_size)
         self._note(Check.UNIQUE, torch.where(twice, ~targets, 0))
 
     def written(self, targets: Tensor) -> None:
         """Mark rows full."""
-        self._flags.index_fill_(0, targets, 0)
+        self._ops.index_fill_(self._flags, 0, targets, 0)
         self._trash.fill_(-1)  # padding is written again and again
 
     def discard(self, targets: Tensor) -> None:
         """Empty rows, whatever they hold."""
-        self._state.index_fill_(0, targets, -1)
-        self._flags.index_fill_(0, targets, _NEVER)
+        self._ops.index_fill_(self._state, 0, targets, -1)
+        self._ops.index_fill_(self._flags, 0, targets, _NEVER)
 
     def fold(self) -> None:
         """Put the first failure that is not yet in the record there; on the current stream.
@@ -132,8 +136,9 @@ class ConsumeOnce:
         """
         if self._pending is None:
             return
-        first = torch.where(self._outcomes < 0, self._checks, len(Check) - 1).amin().view(1)
-        number = self._outcomes.index_select(0, first)
+        failed = torch.where(self._outcomes < 0, self._checks, len(Check) - 1)
+        first = self._ops.amin(failed).view(1)
+        number = self._ops.index_select(self._outcomes, 0, first)
         found = torch.cat((number, first, first.new_full((1,), self._pending)))
         self.record.copy_(torch.where(self.record[0] < 0, self.record, found))
         self._outcomes.zero_()
@@ -159,7 +164,7 @@ class ConsumeOnce:
 
     def _note(self, check: Check, values: Tensor) -> None:
         outcome = self._outcome[check]
-        torch.minimum(outcome, values.amin(), out=outcome)
+        torch.minimum(outcome, self._ops.amin(values), out=outcome)
 
 
 def _error(number: int, check: Check, iteration: int) -> ConsumeOnceError:

@@ -12,7 +12,7 @@ from hwcore._checks import check_instance, check_tensor
 from hwcore._env import debug_enabled
 from hwcore.errors import CapabilityError, CaptureError, ClosedError
 from hwcore.fence import StreamFence
-from hwcore.kernels import gather_rows, kernel
+from hwcore.kernels import explain_missing, gather_rows, kernel, torch_ops
 from hwcore.overlap.checks import (
     INDEX_DTYPES,
     check_batch,
@@ -132,6 +132,7 @@ class FutureMap:
         held = (memory, *(self._watch.memory if self._watch is not None else ()))
         self.nbytes = self._outputs.nbytes + self._seq_lens.nbytes + sum(t.nbytes for t in held)
         self._gather = kernel(self._backend, gather_rows)
+        self._ops = torch_ops(self._backend)
         self._fence = StreamFence(self._backend, self.device, held)
         self._lock = threading.RLock()
         self._iteration = 0
@@ -195,7 +196,7 @@ class FutureMap:
                         self._seq_lens.note.copy_(self._watch.record)
                 if count:
                     targets = self._targets(indices)
-                    self._seq_lens.lens.index_copy_(0, targets, new_seq_lens.to(torch.int64))
+                    self._seq_lens.write(targets, new_seq_lens.to(torch.int64))
 
     def stash(self, indices: Tensor, payload: RelayPayload) -> None:
         """Write what the next step of a batch starts from.
@@ -229,7 +230,7 @@ class FutureMap:
                 if self._watch is not None:
                     self._watch.write(targets, self._iteration)
                 for name, value in bits.items():
-                    self._rows.bits[name].index_copy_(0, targets, value)
+                    self._ops.index_copy_(self._rows.bits[name], 0, targets, value)
                 if self._watch is not None:
                     self._watch.written(targets)
                     self._watch.fold()
@@ -282,6 +283,9 @@ class FutureMap:
                 batch = self._outputs.next(count, stream)
                 if count:
                     self._fill(where, batch, indices)
+            except NotImplementedError as error:
+                explain_missing(self._backend, error)
+                raise
             finally:
                 fence.end_write(stream)
             return batch.payload
@@ -320,9 +324,13 @@ class FutureMap:
                 with self._turn(self._fence):
                     indices = self._noted(indices)
                     self._watch.fold()
-            if not to_cpu:
-                return self._seq_lens.read(indices)
-            lens, note = self._seq_lens.to_host(indices)
+            try:
+                if not to_cpu:
+                    return self._seq_lens.read(indices)
+                lens, note = self._seq_lens.to_host(indices)
+            except NotImplementedError as error:
+                explain_missing(self._backend, error)
+                raise
             self._take(note.tolist())
             return lens
 
@@ -399,6 +407,9 @@ class FutureMap:
         fence.begin_write(stream)
         try:
             yield
+        except NotImplementedError as error:
+            explain_missing(self._backend, error)
+            raise
         finally:
             fence.end_write(stream)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hwcore.fence import StreamFence
+from hwcore.kernels import torch_ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,17 +48,23 @@ class SeqLens:
         self._note_size = note_size
         self._staging = backend.pin_memory(torch.zeros_like(self._outgoing, device="cpu"))
         self._backend = backend
+        self._ops = torch_ops(backend)
         self._stream = backend.create_stream(device)
         self._copied = backend.create_event(device)
         self.fence = StreamFence(backend, device, (self.lens, self._outgoing))
         self.nbytes = self.lens.nbytes + self._outgoing.nbytes
+
+    def write(self, targets: Tensor, lens: Tensor) -> None:
+        """Write lengths, on the current stream; the caller has ordered it."""
+        self._ops.index_copy_(self.lens, 0, targets, lens)
 
     def read(self, indices: Tensor) -> Tensor:
         """Return lengths in new memory, on the current stream."""
         stream = self._backend.current_stream(self.lens.device)
         self.fence.begin_read(stream)
         try:
-            return self.lens.index_select(0, indices)
+            lens: Tensor = self._ops.index_select(self.lens, 0, indices)
+            return lens
         finally:
             self.fence.end_read(stream)
 
@@ -72,7 +79,7 @@ class SeqLens:
         with backend.stream_context(copy):
             self.fence.begin_read(copy)
             outgoing, staging = self._outgoing[:size], self._staging[:size]
-            torch.index_select(self.lens, 0, indices, out=outgoing[self._note_size :])
+            self._ops.index_select(self.lens, 0, indices, out=outgoing[self._note_size :])
             staging.copy_(outgoing, non_blocking=True)
             self.fence.end_read(copy)
             backend.record_event(self._copied, copy)

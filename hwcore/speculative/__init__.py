@@ -8,25 +8,24 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 """
 
 from hwcore.speculative.batch import VerifyBatch, VerifyStep
+from hwcore.speculative.chain import verify_chain
+from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
 from hwcore.speculative.commit import CommitResult, commit
-from hwcore.speculative.drafts import (
-    Beam,
-    DraftResults,
-    DraftSteps,
-    organize_draft_results,
-    top_k,
-)
+from hwcore.speculative.draft_sampling import sample_drafts
+from hwcore.speculative.drafts import Beam, DraftResults, DraftSteps, organize_draft_results, top_k
 from hwcore.speculative.inputs import verify_slots
 from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
+from hwcore.speculative.tree_size import TreeSizer, measure_costs
 from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 from hwcore.speculative.worker import EagleVerifyWorker
 
 __all__ = [
     "Beam",
+    "CoinPurpose",
     "CommitResult",
     "DraftResults",
     "DraftSteps",
@@ -36,16 +35,22 @@ __all__ = [
     "MropeContext",
     "SamplingParams",
     "TreeMaskMode",
+    "TreeSizer",
     "VerifyBatch",
     "VerifyResult",
     "VerifyStatus",
     "VerifyStep",
     "WalkedRows",
+    "block_positions",
     "build_tree",
     "commit",
     "compute_spec_mrope_positions",
+    "draw_coins",
+    "measure_costs",
     "organize_draft_results",
+    "sample_drafts",
     "top_k",
+    "verify_chain",
     "verify_greedy",
     "verify_sampling",
     "verify_slots",

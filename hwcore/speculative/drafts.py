@@ -70,7 +70,7 @@ def _top_k(values: Tensor, topk: int, ops: TorchOps) -> tuple[Tensor, Tensor]:
     if topk == 1:
         best = ops.amax(known, dim=-1, keepdim=True)
         place = ops.argmax((known == best).to(torch.int8), dim=-1, keepdim=True)
-        return values.gather(-1, place), place
+        return ops.gather(values, -1, place), place
     # The values are certain, only the places are not. Ranks count from the front of each value.
     best = ops.topk(known, topk, dim=-1).values  # [..., topk], largest first
     last = best[..., -1:]
@@ -84,10 +84,10 @@ def _top_k(values: Tensor, topk: int, ops: TorchOps) -> tuple[Tensor, Tensor]:
     wanted = torch.arange(1, topk + 1, dtype=torch.int32, device=values.device)
     wanted = wanted.expand(*values.shape[:-1], topk).contiguous()
     places = ops.searchsorted(count, wanted)
-    found = known.gather(-1, places)
+    found = ops.gather(known, -1, places)
     order = ops.sort(found, dim=-1, descending=True, stable=True).indices
-    places = places.gather(-1, order)
-    return values.gather(-1, places), places
+    places = ops.gather(places, -1, order)
+    return ops.gather(values, -1, places), places
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -232,12 +232,16 @@ class DraftResults:
     selected_index : Tensor, int64, [bs, num_draft_tokens - 1]
         The chosen candidates, ascending.
     draft_tokens : Tensor, int64, [bs, num_draft_tokens - 1]
+    ranks : Tensor, int64, [bs, num_draft_tokens]
+        How many of the nodes score higher; the root, whose rank is 0, included. Those of rank below
+        ``n`` are the tree of ``n`` nodes.
     topk : int
     """
 
     parent_list: Tensor
     selected_index: Tensor
     draft_tokens: Tensor
+    ranks: Tensor
     topk: int
     _backend: Backend
 
@@ -334,15 +338,16 @@ def organize_draft_results(
     listed = torch.cat(list(parents[:-1]), dim=1) if len(parents) > 1 else proposed[:, :0]
     if topk == 1:
         # A chain: its nodes are in order, and the likeliest are the first.
-        chosen = torch.arange(num_draft_tokens - 1, device=proposed.device).repeat(bs, 1)
+        ranks = torch.arange(num_draft_tokens, device=proposed.device).repeat(bs, 1)
         drafted = proposed[:, : num_draft_tokens - 1]
-        return DraftResults(listed, chosen, drafted, topk, backend)
+        return DraftResults(listed, ranks[:, :-1], drafted, ranks, topk, backend)
     with explains_missing(backend):
         worth = _worth(scores, parents, topk, ops)
         order = ops.sort(worth, dim=1, descending=True, stable=True).indices
-        chosen = ops.sort(order[:, : num_draft_tokens - 1], dim=1).values
+        chosen, place = ops.sort(order[:, : num_draft_tokens - 1], dim=1)
         drafted = ops.gather(proposed, 1, chosen)
-    return DraftResults(listed, chosen, drafted, topk, backend)
+    ranks = torch.cat((place.new_zeros(bs, 1), place + 1), dim=1)
+    return DraftResults(listed, chosen, drafted, ranks, topk, backend)
 
 
 def _worth(scores: Sequence[Tensor], parents: Sequence[Tensor], topk: int, ops: TorchOps) -> Tensor:

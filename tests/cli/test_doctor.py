@@ -274,6 +274,69 @@ def test_the_last_words_of_a_driver_that_ends_the_process_are_shown(site):
     assert "no firmware" in report.activation.error
 
 
+SAYS_ITS_OWN = """
+    asked = ("cumsum", "topk")
+
+    @hwcore.hookimpl
+    def needs_cpu_fallback(self, tensor, purpose):
+        return purpose in self.asked
+
+    @hwcore.hookimpl
+    def kernels(self):
+        return {"gather_rows": print, "gather_row": print}
+"""
+
+
+def test_what_runs_on_the_cpu_and_which_kernel_of_an_operation_runs_is_said(site):
+    site.add("acme", SAYS_ITS_OWN)
+    status, report = examine(site)
+    assert (status, report.activation.on_cpu_error) == (0, None)
+    assert report.activation.on_cpu == ["cumsum", "topk"]
+    kernels = report.activation.kernels
+    assert kernels["gather_rows"] == "plugin"
+    assert kernels["assert_and_invalidate"] == "reference"
+    assert kernels["gather_row"] == "unknown"
+    text = " ".join(site.execute(*DOCTOR).stdout.split())
+    assert "on the CPU (2), for the plugin says that the device lacks them" in text
+    assert "each time: cumsum, topk" in text
+    assert "kernels of the plugin (1): gather_rows" in text
+    assert "portable references" in text
+    assert "assert_and_invalidate" in text
+    assert "kernels that the core never calls (1): gather_row" in text
+
+
+def test_where_nothing_runs_on_the_cpu_nothing_is_said_of_it(site):
+    _, report = examine(site)
+    assert report.activation.on_cpu == []
+    assert set(report.activation.kernels.values()) == {"reference"}
+    assert "on the CPU (" not in site.execute(*DOCTOR).stdout
+
+
+@pytest.mark.parametrize("hook", ["", "def needs_cpu_fallback(self): return False"])
+def test_only_a_plugin_with_a_word_on_fallback_is_asked_by_a_tensor_of_the_device(site, hook):
+    body = "@hwcore.hookimpl\ndef setup(self):\n    import torch\n    torch.empty = None\n"
+    site.add("acme", body + (f"@hwcore.hookimpl\n{hook}\n" if hook else ""))
+    _, report = examine(site)
+    assert report.activation.ok
+    assert report.activation.on_cpu == (None if hook else [])
+
+
+def test_a_device_that_cannot_be_asked_is_still_activated_and_the_reason_shown(site):
+    body = """
+    @hwcore.hookimpl
+    def needs_cpu_fallback(self, tensor, purpose):
+        if purpose == "cumsum":
+            raise OSError("no memory on the device")
+        return False
+    """
+    site.add("acme", body)
+    _, report = examine(site)
+    assert report.activation.ok
+    assert report.activation.on_cpu is None
+    assert "no memory on the device" in report.activation.on_cpu_error
+    assert "no memory on the device" in " ".join(site.execute(*DOCTOR).stdout.split())
+
+
 def test_the_text_fits_80_columns_and_says_what_the_json_says(site):
     site.add("acme", UNAVAILABLE)
     site.add("aardvark", "import no_such_module", good=False)

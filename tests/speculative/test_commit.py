@@ -136,7 +136,7 @@ BAD = [
 @pytest.mark.parametrize(("changed", "error", "message"), BAD)
 def test_bad_input_is_named(changed, error, message, hw):
     tree, result, lens = verified("cpu", PATHS[:1])
-    arguments = {"cache_locs": locs(*SOUND), "page_size": 4, "pool_size": 35} | changed
-    commit(tree, result, lens, locs(*SOUND), page_size=4, pool_size=35)
+    arguments = {"cache_locs": locs(*SOUND), "page_size": 4, "pool_size": 60} | changed
+    commit(tree, result, lens, locs(*SOUND), page_size=4, pool_size=60)
     with pytest.raises(error, match="^commit: " + message):
         commit(tree, result, lens, **arguments)

@@ -74,6 +74,25 @@ def test_the_likeliest_candidates_are_chosen_with_their_proposers(topk, spec_ste
             assert tokens[row].tolist() == [900 + row, *chosen]  # tokens are numbered likewise
 
 
+@pytest.mark.parametrize("topk", [1, 3])
+def test_the_first_ranks_of_a_tree_are_the_smaller_trees(topk, device):
+    steps, _ = drafted(topk, 4, random_probs(topk), device)
+    most = 1 + topk + 3 * topk**2
+    whole = steps.organize(most)
+    assert whole.ranks.sort(dim=1).values.tolist() == [list(range(most))] * 2
+    for nodes in range(1, most + 1):
+        part = steps.organize(nodes)
+        for row in range(2):
+            first = [
+                candidate
+                for candidate, rank in zip(
+                    whole.selected_index[row].tolist(), whole.ranks[row, 1:].tolist(), strict=True
+                )
+                if rank < nodes
+            ]
+            assert part.selected_index[row].tolist() == first
+
+
 @each
 @given(data=st.data())
 def test_a_child_never_comes_without_its_parent_whatever_the_scores(data, device):

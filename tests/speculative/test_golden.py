@@ -19,7 +19,9 @@ def organized(meta, case):
     """The draft steps of a case, organised: what its arrays hold in a row, one tensor a step."""
     bs, topk, steps = meta["bs"], meta["topk"], meta["steps"]
     widths = [topk, *[topk * topk] * (steps - 1)]
-    scores = [step.view(bs, -1, topk) for step in case["scores"].split(widths, dim=1)]
+    scores = [
+        step.view(bs, step.shape[1] // topk, topk) for step in case["scores"].split(widths, 1)
+    ]
     tokens = list(case["tokens"].split(widths, dim=1))
     parents = [case[f"parents{step}"] for step in range(int(case["n_parent_blocks"]))]
     # The last step's beam proposed nothing, so that it was not kept where there is more than one.

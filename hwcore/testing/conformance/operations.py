@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwcore.kernels import (
-    assert_and_invalidate,
-    gather_rows,
-    verify_tree_greedy,
-    verify_tree_sampling,
-)
-from hwcore.speculative import DraftTree, TreeMaskMode, build_tree, commit, verify_greedy
+from hwcore import kernels, speculative
+from hwcore.speculative import DraftTree, TreeMaskMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,11 +66,12 @@ def mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
 
 
 _NODES, _VOCABULARY = 7, 3  # few tokens, so that paths are accepted and siblings repeat
+_POOL, _WORDS = 9, 6
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def _tree_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+def _drawn_tree(generator: torch.Generator, bs: int) -> _Inputs:
     earlier = [torch.randint(0, node, (bs,), generator=generator) for node in range(1, _NODES)]
     parents = torch.stack([torch.full((bs,), -1), *earlier], dim=1)
     tokens = torch.randint(0, _VOCABULARY, (bs, _NODES), generator=generator)
@@ -86,10 +82,21 @@ def _tree_inputs(generator: torch.Generator, bs: int) -> _Inputs:
     return (tokens, parents, seq_lens), named
 
 
+def _tree(generator: torch.Generator, bs: int) -> DraftTree:
+    arguments, named = _drawn_tree(generator, bs)
+    return speculative.build_tree(*arguments, **named)
+
+
+def _tree_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    (_, parents, seq_lens), named = _drawn_tree(generator, bs)
+    mode, total = int(named["tree_mask_mode"]), named["seq_lens_sum"]
+    return (parents, seq_lens, _NODES - 1, mode, total), {}
+
+
 def _verify_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    arguments, named = _tree_inputs(generator, bs)
+    tree = _tree(generator, bs)
     target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
-    return (*_links_of(build_tree(*arguments, **named)), target, _NODES - 1), {}
+    return (*_links_of(tree), target, _NODES - 1), {}
 
 
 def _links_of(tree: DraftTree) -> tuple[torch.Tensor, ...]:
@@ -98,7 +105,7 @@ def _links_of(tree: DraftTree) -> tuple[torch.Tensor, ...]:
 
 
 def _sampling_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    arguments, named = _tree_inputs(generator, bs)
+    tree = _tree(generator, bs)
     logits = torch.randn(bs, _NODES, _VOCABULARY, generator=generator)
     temperatures = torch.rand(bs, generator=generator) + 0.5
     coins = torch.rand(2, bs, _NODES, generator=generator)
@@ -112,20 +119,27 @@ def _sampling_inputs(generator: torch.Generator, bs: int) -> _Inputs:
     filters = tuple(None if gone else one for one, gone in zip(filters, missing, strict=False))
     if missing[3]:
         temperatures[:1] = 0
-    tree = build_tree(*arguments, **named)
     rule = (1.0, 1.0, _NODES - 1, bool(missing[3]))
     return (*_links_of(tree), logits, temperatures, *filters, *coins, *rule), {}
 
 
 def _commit_inputs(generator: torch.Generator, bs: int) -> _Inputs:
-    (_, _, seq_lens), _ = arguments = _tree_inputs(generator, bs)
-    tree = build_tree(*arguments[0], **arguments[1])
+    tree = _tree(generator, bs)
     target = torch.rand(bs, _NODES, _VOCABULARY, generator=generator)
+    result = speculative.verify_greedy(tree, target)
+    seq_lens = torch.randint(0, 40, (bs,), generator=generator)
     slots = torch.randperm(bs * _NODES, generator=generator).view(bs, _NODES)
-    return (tree, verify_greedy(tree, target), seq_lens, slots), {}
+    page_size = int(torch.randint(1, 5, (), generator=generator))
+    path = result.predict, result.accept_index, result.accept_lens
+    return (*path, seq_lens, slots, page_size), {}
 
 
-_POOL, _WORDS = 9, 6
+def _mrope_inputs(generator: torch.Generator, bs: int) -> _Inputs:
+    deltas = torch.randint(-40, 40, (_POOL,), generator=generator)
+    rows = torch.randint(0, _POOL, (bs,), generator=generator)
+    lens = torch.randint(0, 5, (bs,), generator=generator)
+    positions = torch.randint(0, 99, (int(lens.sum()),), generator=generator)
+    return (deltas, rows, positions, lens.cumsum(0) - lens), {}
 
 
 def _gather_inputs(generator: torch.Generator, bs: int) -> _Inputs:
@@ -146,12 +160,13 @@ def _invalidate_inputs(generator: torch.Generator, bs: int) -> _Inputs:
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        Operation("build_tree", build_tree, _tree_inputs),
-        Operation("verify_tree_greedy", verify_tree_greedy, _verify_inputs),
-        Operation("verify_tree_sampling", verify_tree_sampling, _sampling_inputs),
-        Operation("commit", commit, _commit_inputs),
-        Operation("gather_rows", gather_rows, _gather_inputs),
-        Operation("assert_and_invalidate", assert_and_invalidate, _invalidate_inputs),
+        Operation("build_tree", kernels.build_tree, _tree_inputs),
+        Operation("verify_tree_greedy", kernels.verify_tree_greedy, _verify_inputs),
+        Operation("verify_tree_sampling", kernels.verify_tree_sampling, _sampling_inputs),
+        Operation("commit_paths", kernels.commit_paths, _commit_inputs),
+        Operation("mrope_positions", kernels.mrope_positions, _mrope_inputs),
+        Operation("gather_rows", kernels.gather_rows, _gather_inputs),
+        Operation("assert_and_invalidate", kernels.assert_and_invalidate, _invalidate_inputs),
     )
 }
 """Every operation that has a reference, by the name that ``kernels()`` uses for it."""

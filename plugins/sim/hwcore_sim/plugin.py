@@ -77,7 +77,9 @@ class SimPlugin:
     def needs_cpu_fallback(self, tensor: torch.Tensor, purpose: str) -> bool:
         if tensor.device.type == "cpu":
             return False
-        return purpose in ("serialize", "numpy") or self._device.is_denied(purpose)
+        # What works in place is asked for by the same name; torch makes `softmax` of `_softmax`.
+        forms = (purpose, f"{purpose}_", f"_{purpose}")
+        return purpose in ("serialize", "numpy") or any(map(self._device.is_denied, forms))
 
     @hwcore.hookimpl
     def host_memory_policy(self) -> HostMemoryPolicy:

@@ -808,9 +808,9 @@ class KernelThatLeavesRowsFull(SimPlugin):
     kernels = with_kernel("assert_and_invalidate", forgets_to_invalidate)
 
 
-@fault("kernels", denied=("sort",))
+@fault("kernels", denied=("where",))
 class LacksWhatTheReferenceNeeds(SimPlugin):
-    """It says so by needs_cpu_fallback(), but build_tree() needs it and there is no kernel."""
+    """It says so by needs_cpu_fallback(), which is not asked of what every device has."""
 
 
 # --- Host memory ----------------------------------------------------------------------------------
@@ -1143,7 +1143,7 @@ class ListsNothing(SimPlugin):
         return HostMemoryPolicy()
 
 
-@sound(denied=("topk", "nonzero"))
+@sound(denied=("topk", "nonzero", "index_copy", "index_fill_"))
 class LacksOperatorsAndSaysSo(SimPlugin):
     """Its own needs_cpu_fallback() asks the device which operators it lacks."""
 
