@@ -1,5 +1,6 @@
 """A toy engine on the worker: paged, overlapped, captured, retracted, and the same tokens."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -10,12 +11,14 @@ from hwcore.testing.distributions import judge, power
 
 from ._toy import VOCAB, Request, ToyEngine, greedy_answer, probabilities, requests
 
+# Of topk, page size, plan stream and graphs: every pair of values of any two, in half of all ways.
 WAYS = [
     (topk, page_size, plan_stream, graphs)
     for topk in (1, 3)
     for page_size in (1, 4)
     for plan_stream in (False, True)
     for graphs in (False, True)
+    if ((topk == 3) + (page_size == 4) + plan_stream + graphs) % 2 == 0
 ]
 HEAT = (0.0, 0.7, 1.0, 1.5)
 
@@ -58,9 +61,7 @@ def alone(hw):
 
 
 @pytest.mark.usefixtures("in_any_order", "watched")
-@pytest.mark.parametrize(
-    ("topk", "page_size", "plan_stream", "graphs"), [w for w in WAYS if (w[1] == 1) == w[3]]
-)
+@pytest.mark.parametrize(("topk", "page_size", "plan_stream", "graphs"), [WAYS[i] for i in (0, 3, 4, 7)])
 def test_sampled_tokens_are_the_seeds_alone(hw, alone, topk, page_size, plan_stream, graphs):
     """Neither the batch, nor what leaves it, nor how it is run changes a token of a request."""
     asked = requests(temperatures=HEAT)
@@ -85,6 +86,15 @@ def test_without_drafts_they_are_those_of_plain_sampling_with_the_same_coins(hw)
             text.append(token)
 
 
+def at_once(hw):
+    """Let work run when it is submitted, for the many requests' sake."""
+    if hw.info.name != "sim":
+        return contextlib.nullcontext()
+    from hwcore_sim import device
+
+    return device.drain_policy("eager")
+
+
 @pytest.mark.parametrize("topk", [1, 3])
 def test_sampled_tokens_are_distributed_as_plain_sampling_has_them(hw, topk, monkeypatch):
     """The first two tokens of many seeds, in a batch with a greedy request now and then.
@@ -92,10 +102,11 @@ def test_sampled_tokens_are_distributed_as_plain_sampling_has_them(hw, topk, mon
     False alarm 1e-9; a distribution at a distance of 0.15 is found with the power that is asserted.
     """
     monkeypatch.setenv("HWCORE_DEBUG", "0")
-    count, prompt, temperature = 3000, [3, 1, 4, 1, 5], 0.9
+    count, prompt, temperature = 2400, [3, 1, 4, 1, 5], 0.9
     asked = [Request(prompt, 2, 0, temperature if i % 20 else 0.0, i) for i in range(count)]
     engine = ToyEngine(hw, topk=topk, rows=128, debug=False)
-    engine.run(asked)
+    with at_once(hw):
+        engine.run(asked)
     expected, counts = [], torch.zeros(VOCAB, VOCAB, dtype=torch.int64)
     for first, p in enumerate(probabilities(prompt, temperature)):
         expected.append([p * q for q in probabilities([*prompt, first], temperature)])
