@@ -246,12 +246,11 @@ class Planner:
 
     def _in_graph(self, batch: VerifyBatch, inputs: Mapping[str, Tensor]) -> Prepared:
         assert self._runner is not None  # it gave the verdict
-        n, side = batch.draft_tokens.shape[1], self.plan.enabled
+        n = batch.draft_tokens.shape[1]
         if batch.is_empty:
-            return self._runner.prepare({}, (), n, plan_stream_active=side)
+            return self._runner.prepare({}, (), n, attention=batch.attention)
         given = {name: inputs[name] for name in self._runner.buffers.slots}
-        lens, kind = batch.host_seq_lens, batch.attention
-        return self._runner.prepare(given, lens, n, attention=kind, plan_stream_active=side)
+        return self._runner.prepare(given, batch.host_seq_lens, n, attention=batch.attention)
 
     def _located(self, table: Tensor, batch: VerifyBatch) -> Tensor:
         """Return the slots of the nodes: the places of each row from its length on."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+import hwcore
 from hwcore.graphs import GraphRunner
 from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
 from hwcore.speculative import EagleVerifyWorker, VerifyBatch, verify_slots
+from hwcore.types import PlanStreamPolicy
 
 ROWS, CONTEXT, N = 6, 24, 3  # the pool's rows, places of a row, nodes of a chain
 PARENTS = [-1, 0, 1]
@@ -18,13 +20,14 @@ class Target:
     What it is given it leaves in memory of its own, graphs included.
     """
 
-    def __init__(self, device, mrope=False, vocab=0):
-        self.mrope, self.vocab, self.calls = mrope, vocab, 0
+    def __init__(self, device, table, mrope=False, vocab=0):
+        self.table, self.mrope, self.vocab, self.calls = table, mrope, vocab, 0
         self.locs = torch.full((ROWS, N + 1), -1, device=device)
         self.rows = torch.full((ROWS,), -1, device=device)
         self.tokens = torch.full((ROWS, N + 1), -1, device=device)
         self.positions = torch.full((ROWS * (N + 1),), -1, device=device)
         self.mrope_positions = torch.full((3, ROWS * (N + 1)), -1, device=device)
+        self.attended = torch.full((ROWS, CONTEXT), -1, device=device)
         self.kv = torch.zeros(ROWS * CONTEXT, dtype=torch.int64, device=device)
 
     @property
@@ -38,6 +41,7 @@ class Target:
         self.rows[:bs].copy_(rows)
         self.positions[: bs * n].copy_(positions)
         self.locs[:bs, :n].copy_(cache_locs)
+        self.attended[:bs].copy_(self.table.index_select(0, rows))
         self.kv.index_copy_(0, cache_locs.view(-1), draft_tokens.view(-1))
         hidden = (draft_tokens * 10).unsqueeze(-1).to(torch.float32)
         if not self.vocab:
@@ -57,12 +61,12 @@ class Steps:
         self, hw, *, graphs=False, mrope=False, vocab=0, buckets=((4, N),), relay=None, **options
     ):
         self.hw, self.device = hw, hw.device()
-        self.target = Target(self.device, mrope, vocab)
         spec = relay or RelaySpec(pool_size=ROWS)
         self.relay = FutureMap(spec, backend=hw, debug=True)
         places = torch.arange(ROWS * CONTEXT).view(ROWS, CONTEXT)
         places[0] = 0
         self.table = places.to(self.device)
+        self.target = Target(self.device, self.table, mrope, vocab)
         forward = self.target.forward
         self.runner = None
         if graphs:
@@ -121,3 +125,22 @@ class Steps:
         self.relay.close()  # raises what was found
         if self.runner is not None:
             self.runner.close()
+
+
+class Naming:
+    """For a while, a backend whose policy names mrope positions."""
+
+    def __init__(self, hw):
+        class Wrapper:
+            @hwcore.hookimpl(wrapper=True)
+            def plan_stream_policy(self):
+                yield
+                return PlanStreamPolicy(recompute_after_join=frozenset({"mrope_positions"}))
+
+        self.hw, self.wrapper = hw, Wrapper()
+
+    def __enter__(self):
+        self.hw.register(self.wrapper)
+
+    def __exit__(self, *raised):
+        self.hw.unregister(self.wrapper)

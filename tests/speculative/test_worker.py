@@ -223,6 +223,15 @@ def test_with_pages_what_left_goes_to_its_place_in_nobodys_page(hw):
     steps.close()
 
 
+def test_with_pages_padding_is_at_its_place_of_nobodys_page(hw):
+    steps = Steps(hw, page_size=4, num_slots=6 * CONTEXT)
+    steps.prefill([1], [4], [10])
+    steps.worker.run(steps.batch([1, 0], [4, 0], prefilled=False))  # commit looks as well
+    assert steps.target.locs[1, :N].tolist() == [0, 1, 2]
+    steps.held([1])
+    steps.close()
+
+
 # --- Graphs ---------------------------------------------------------------------------------------
 
 

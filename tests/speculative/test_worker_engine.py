@@ -61,7 +61,9 @@ def alone(hw):
 
 
 @pytest.mark.usefixtures("in_any_order", "watched")
-@pytest.mark.parametrize(("topk", "page_size", "plan_stream", "graphs"), [WAYS[i] for i in (0, 3, 4, 7)])
+@pytest.mark.parametrize(
+    ("topk", "page_size", "plan_stream", "graphs"), [WAYS[i] for i in (0, 3, 4, 7)]
+)
 def test_sampled_tokens_are_the_seeds_alone(hw, alone, topk, page_size, plan_stream, graphs):
     """Neither the batch, nor what leaves it, nor how it is run changes a token of a request."""
     asked = requests(temperatures=HEAT)

@@ -96,6 +96,14 @@ def test_a_wrong_batch_is_named_and_loses_nothing(steps, kind):
     still_works(steps)
 
 
+def test_what_fails_on_the_plan_stream_is_raised_by_prepare(steps):
+    late = (4, CONTEXT - N + 1)
+    wrong = dataclasses.replace(steps.batch([1, 3], [4, 9]), host_seq_lens=late)
+    with pytest.raises(ArgumentValueError, match="room for 3 nodes"):
+        steps.worker.prepare(wrong)
+    still_works(steps)
+
+
 @pytest.mark.parametrize("debug", ["0", "1"])
 @pytest.mark.parametrize(
     ("parents", "message"),

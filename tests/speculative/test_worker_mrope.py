@@ -11,9 +11,8 @@ import torch
 import hwcore
 from hwcore.overlap import PlanStream
 from hwcore.speculative import MropeContext, compute_spec_mrope_positions
-from hwcore.types import PlanStreamPolicy
 
-from ._steps import N, Steps
+from ._steps import N, Naming, Steps
 
 BEFORE, AFTER = [1000, 100, 200, 300, 400, 500], [9000, 900, 800, 700, 600, 500]
 
@@ -24,25 +23,8 @@ def named(request, hw):
     if not request.param:
         yield False
         return
-    with naming(hw):
+    with Naming(hw):
         yield True
-
-
-class naming:
-    def __init__(self, hw):
-        class Wrapper:
-            @hwcore.hookimpl(wrapper=True)
-            def plan_stream_policy(self):
-                yield
-                return PlanStreamPolicy(recompute_after_join=frozenset({"mrope_positions"}))
-
-        self.hw, self.wrapper = hw, Wrapper()
-
-    def __enter__(self):
-        self.hw.register(self.wrapper)
-
-    def __exit__(self, *raised):
-        self.hw.unregister(self.wrapper)
 
 
 @pytest.fixture
@@ -187,7 +169,7 @@ def test_a_plan_stream_that_does_not_wait_gives_wrong_positions_but_where_they_a
 
 
 def test_the_backend_is_told_what_was_computed_again(hw, told):
-    with naming(hw):
+    with Naming(hw):
         steps = mrope_steps(hw, graphs=True)
         run(steps, steps.batch([1, 3], [4, 9]))
         run(steps, steps.batch([2], [5]))
@@ -202,7 +184,7 @@ def test_the_backend_is_told_what_was_computed_again(hw, told):
 
 @pytest.mark.usefixtures("in_any_order", "watched")
 def test_any_plan_stream_computes_them_again_by_the_registered_function(hw):
-    with naming(hw):
+    with Naming(hw):
         plan = PlanStream(backend=hw, enabled=True)
     deltas = torch.tensor(BEFORE, device=hw.device())
     rows = torch.tensor([1, 3], device=hw.device())
