@@ -18,6 +18,7 @@ BUILTINS = {
     "ClosedError": RuntimeError,
     "ConsumeOnceError": RuntimeError,
     "ForkError": RuntimeError,
+    "PeerError": ConnectionError,
     "PluginDefinitionError": TypeError,
     "PluginLoadError": ImportError,
     "PluginReturnError": ValueError,

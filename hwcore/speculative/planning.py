@@ -217,7 +217,6 @@ class Planner:
             "tree_mask": tree.tree_mask,
             "seq_lens": batch.seq_lens,
             "rows": batch.rows.to(torch.int64),
-            **batch.extra,
         }
         located, table = batch.cache_locs, self._req_to_token
         if located is None and table is not None:
@@ -237,17 +236,21 @@ class Planner:
                 outputs[_MROPE] = inputs[_MROPE] = compute_spec_mrope_positions(
                     self._deltas, batch.rows, tree.positions, backend=self._hw
                 )
+        twice = sorted(inputs.keys() & batch.extra.keys())
+        if twice:
+            expected, fix = f"other names than {', '.join(inputs)}", "Rename it in the forward"
+            raise ArgumentValueError(describe(self._where, "batch.extra", twice[0], expected, fix))
+        inputs.update(batch.extra)
         outputs.update(tree=tree, inputs=inputs)
         outputs["graph"] = self._in_graph(batch, inputs) if verdict else None
 
     def _in_graph(self, batch: VerifyBatch, inputs: Mapping[str, Tensor]) -> Prepared:
         assert self._runner is not None  # it gave the verdict
-        n, side = batch.draft_tokens.shape[1], self.plan.enabled
+        n = batch.draft_tokens.shape[1]
         if batch.is_empty:
-            return self._runner.prepare({}, (), n, plan_stream_active=side)
+            return self._runner.prepare({}, (), n, attention=batch.attention)
         given = {name: inputs[name] for name in self._runner.buffers.slots}
-        lens, kind = batch.host_seq_lens, batch.attention
-        return self._runner.prepare(given, lens, n, attention=kind, plan_stream_active=side)
+        return self._runner.prepare(given, batch.host_seq_lens, n, attention=batch.attention)
 
     def _located(self, table: Tensor, batch: VerifyBatch) -> Tensor:
         """Return the slots of the nodes: the places of each row from its length on."""

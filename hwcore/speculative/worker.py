@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hwcore._checks import check_instance
-from hwcore.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    ClosedError,
-    HwcoreError,
-    describe,
-)
+from hwcore.errors import ArgumentValueError, CapabilityError, describe
 from hwcore.graphs.prepared import Verdict
 from hwcore.overlap import FutureMap
 from hwcore.speculative.batch import VerifyBatch, VerifyStep, check_batch
@@ -23,9 +17,10 @@ from hwcore.speculative.inputs import names_of
 from hwcore.speculative.planning import Inputs, Planner, PreparedBatch
 from hwcore.speculative.tensor_parallel import ResultBroadcast
 from hwcore.speculative.tree import TreeMaskMode
+from hwcore.speculative.turns import Turns, are_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
@@ -50,10 +45,22 @@ class EagleVerifyWorker:
     that follows. The worker knows no model: the engine brings the forward, the pools and the
     drafts.
 
-    >>> step = worker.run(VerifyBatch(rows, draft_tokens, parents, seq_lens, host_seq_lens))
-    >>> tokens.copy_(step.commit.accept_tokens, non_blocking=True)  # to the host, -1 past the last
+    >>> relay, rows = FutureMap(RelaySpec(pool_size=3)), on([1, 2])
+    >>> relay.publish(rows, on([4, 7]))  # a prefill: tokens in the cache, and the one after them
+    >>> relay.stash(rows, RelayPayload(next_token=on([10, 20])))
+    >>> worker = EagleVerifyWorker(lambda draft_tokens: draft_tokens + 1, relay)
 
-    or, where the main stream has something to do between drafting and verifying::
+    >>> lens, relayed = relay.resolve_seq_lens(rows), relay.resolve(rows)
+    >>> root = relayed.next_token
+    >>> drafts = torch.stack((root, root + 1, root + 5), 1)  # two drafts, of which one is right
+    >>> batch = VerifyBatch(rows, drafts, on([[-1, 0, 1]] * 2), lens, (4, 7), relayed=relayed)
+    >>> step = worker.run(batch)
+    >>> step.commit.accept_tokens.tolist()  # what is sent to the host, which need not wait for it
+    [[11, 12, -1], [21, 22, -1]]
+    >>> relay.resolve_seq_lens(rows, to_cpu=True).tolist()
+    [6, 9]
+
+    Where the main stream has something to do between drafting and verifying::
 
         worker.mark(batch)  # the plan stream may read it; what comes next it need not wait for
         extend_the_draft_models_cache()
@@ -95,7 +102,8 @@ class EagleVerifyWorker:
     req_to_token : Tensor, int64 or int32, [pool, max_context], optional
         KV slots by row and place: where ``VerifyBatch.cache_locs`` are looked up.
     mrope_deltas : Tensor, int64, [pool], optional
-        Of a model with mrope positions: what each row's differ by.
+        Of a model with mrope positions: what each row's differ by. Not looked at for a forward that
+        does not take ``mrope_positions``, such as a text model that shares the pool.
     spec_steps : int, optional
         Bound on the depth of trees; default ``N - 1``.
     tree_mask_mode : TreeMaskMode
@@ -129,8 +137,6 @@ class EagleVerifyWorker:
         on whatever stream; the plan stream and the forward read them in blocks of it.
     plan_stream_active : bool
         What was decided.
-    host_syncs : int
-        How often the host has waited for the device on the group's account.
 
     Raises
     ------
@@ -187,7 +193,7 @@ class EagleVerifyWorker:
             spec_steps=spec_steps,
             tree_mask_mode=tree_mask_mode,
             req_to_token=req_to_token,
-            mrope_deltas=mrope_deltas,
+            mrope_deltas=mrope_deltas if self._takes("mrope_positions") else None,
             num_slots=num_slots,
             page_size=page_size,
             fence=fence,
@@ -208,14 +214,11 @@ class EagleVerifyWorker:
             processor=processor,
             broadcast=self._broadcast,
         )
-        self._marked: VerifyBatch | None = None
-        self._pending: PreparedBatch | None = None
-        self._vacated: list[int] = []
-        self._closed = False
+        self._turns = Turns(_WHERE, relay)
 
     def __repr__(self) -> str:
         state = f"plan stream {'on' if self.plan_stream_active else 'off'}"
-        return f"<hwcore EagleVerifyWorker, {'closed' if self._closed else state}>"
+        return f"<hwcore EagleVerifyWorker, {'closed' if self._turns.closed else state}>"
 
     def __enter__(self) -> EagleVerifyWorker:
         return self
@@ -225,6 +228,7 @@ class EagleVerifyWorker:
 
     @property
     def host_syncs(self) -> int:
+        """How often the host has waited for the device on the group's account."""
         return 0 if self._broadcast is None else self._broadcast.host_syncs
 
     # --- A step ---------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ class EagleVerifyWorker:
         ``"no runner"``, ``"inputs"``, which a slot of the graph lacks, and ``"processor"``, which
         runs on the host. An idle batch is one of no requests: any graph of its width takes it.
         """
-        self._check_open("can_run")
+        self._turns.check_open("can_run")
         check_batch(f"{_WHERE}.can_run", batch, self._device)
         return self._verdict(batch)
 
@@ -253,8 +257,8 @@ class EagleVerifyWorker:
             If the batch is not of its form; or a prepared one was not verified.
         ClosedError
         """
-        self._check_turn("mark")
-        with self._putting_back(batch):
+        self._turns.check_free("mark")
+        with self._turns.putting_back(batch):
             self._mark(batch, "mark")
 
     def prepare(self, batch: VerifyBatch) -> PreparedBatch:
@@ -270,17 +274,16 @@ class EagleVerifyWorker:
             was not verified.
         ClosedError, CaptureError
         """
-        self._check_turn("prepare")
-        if self._marked is not None and self._marked is not batch:
-            got, fix = "another batch than mark()", "Pass the one that was marked"
-            _misuse("prepare", got, "the same", fix)
-        with self._putting_back(batch):
-            if self._marked is None:
+        turns = self._turns
+        turns.check_free("prepare")
+        turns.check_marked("prepare", batch)
+        with turns.putting_back(batch):
+            if turns.marked is None:
                 self._mark(batch, "prepare")
-            prepared = PreparedBatch(batch, self._verdict(batch), self._vacated)
-            self._marked = None
+            prepared = PreparedBatch(batch, self._verdict(batch), turns.vacated)
+            turns.marked = None
             self._planner.prepare(prepared)
-            self._pending = prepared
+            turns.pending = prepared
             return prepared
 
     def verify(self, prepared: PreparedBatch) -> VerifyStep | None:
@@ -300,23 +303,22 @@ class EagleVerifyWorker:
         PeerError
             If a tensor-parallel rank is gone.
         Exception
-            Whatever ``forward``, ``processor``, ``draft_extend`` or ``move_kv`` raises. If one of
-            the latter two does, the lengths are published and the rows empty: their requests have
-            to be prefilled again.
+            Whatever ``forward``, ``processor``, ``move_kv`` or ``draft_extend`` raises. If the last
+            does, the lengths are published and the rows empty: vacate them, and prefill their
+            requests again.
         """
-        self._check_prepared("verify", prepared)
-        self._pending = None
-        batch = prepared.batch
-        with self._putting_back(batch, prepared.vacated):
-            with torch.no_grad(), self.fence.reading():
-                inputs = self._planner.join(batch)
-                rows = self._without_vacated(inputs, prepared)
-                out = self._run_forward(prepared, inputs)
-            if batch.is_empty:
-                return None
-            step = self._finisher.finish(batch, inputs, rows, out)
-            self._relay.publish(rows, step.commit.new_seq_lens)
-        self._relay.stash(rows, self._finisher.payload(step))
+        batch = self._turns.take("verify", prepared).batch
+        with torch.no_grad():
+            with self._turns.putting_back(batch, prepared.vacated):
+                with self.fence.reading():
+                    inputs = self._planner.join(batch)
+                    rows = self._without_vacated(inputs, prepared)
+                    out = self._run_forward(inputs)
+                if batch.is_empty:
+                    return None
+                step = self._finisher.finish(batch, inputs, rows, out)
+                self._relay.publish(rows, step.commit.new_seq_lens)
+            self._relay.stash(rows, self._finisher.payload(step))
         return step
 
     def run(self, batch: VerifyBatch) -> VerifyStep | None:
@@ -340,7 +342,7 @@ class EagleVerifyWorker:
             If one is no row of the map.
         ClosedError
         """
-        self._check_open("vacate")
+        self._turns.check_open("vacate")
         pool_size = self._relay.spec.pool_size
         for row in rows:
             if type(row) is not int or not 0 < row < pool_size:
@@ -350,25 +352,25 @@ class EagleVerifyWorker:
             # Made there: nothing is copied from the host, which would have to keep it.
             parts = [torch.full((1,), row, device=self._device) for row in rows]
             self._relay.discard(torch.cat(parts))
-            self._vacated.extend(rows)
+            self._turns.vacated.extend(rows)
 
     def abandon(self, prepared: PreparedBatch) -> None:
         """Give a prepared batch up: its rows are as they were before they were resolved."""
-        self._check_prepared("abandon", prepared)
-        self._pending = None
-        with self.fence.reading():
-            self._planner.join(prepared.batch)
-        self._put_back(prepared.batch, prepared.vacated)
+        batch = self._turns.take("abandon", prepared).batch
+        # Where nobody says how to compute an input again, there is none to use either.
+        with contextlib.suppress(CapabilityError), self.fence.reading():
+            self._planner.join(batch)
+        self._turns.put_back(batch, prepared.vacated)
 
     def close(self) -> None:
         """Abandon what is prepared and let go of everything. Once is enough.
 
         Runner, relay, pools and group belong to whoever made them.
         """
-        if not self._closed:
-            if self._pending is not None:
-                self.abandon(self._pending)
-            self._closed, self._marked = True, None
+        if not self._turns.closed:
+            if self._turns.pending is not None:
+                self.abandon(self._turns.pending)
+            self._turns.closed, self._turns.marked = True, None
             del self._forward, self._runner, self._planner, self._finisher
 
     # --- Parts ----------------------------------------------------------------------------------
@@ -382,12 +384,12 @@ class EagleVerifyWorker:
     def _mark(self, batch: VerifyBatch, method: str) -> None:
         check_batch(f"{_WHERE}.{method}", batch, self._device)
         self._planner.plan.mark()
-        self._marked, self._vacated = batch, []
+        self._turns.marked, self._turns.vacated = batch, []
 
     def _without_vacated(self, inputs: Inputs, prepared: PreparedBatch) -> Tensor:
         """Take the rows that were given back out of the inputs; return the rows that are left."""
         rows, batch = inputs.by_name["rows"], prepared.batch
-        gone = _are_in(rows, prepared.vacated)
+        gone = are_in(rows, prepared.vacated)
         if gone is None:
             return rows
         rows = rows.masked_fill(gone, _PADDING)
@@ -397,76 +399,14 @@ class EagleVerifyWorker:
             inputs.replace("cache_locs", self._planner.redirected(locs, batch, gone))
         return rows
 
-    def _run_forward(self, prepared: PreparedBatch, inputs: Inputs) -> Any:
+    def _run_forward(self, inputs: Inputs) -> Any:
         if inputs.graph is not None:
             assert self._runner is not None  # it prepared the batch
             slots = self._runner.buffers.slots
             renewed = {name: t for name, t in inputs.renewed.items() if name in slots}
             return self._runner.replay(inputs.graph, renewed)
-        names = self._names
         given = inputs.by_name.items()
-        return self._forward(**{name: t for name, t in given if names is None or name in names})
+        return self._forward(**{name: t for name, t in given if self._takes(name)})
 
-    # --- What the map held ----------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _putting_back(self, batch: Any, vacated: Sequence[int] = ()) -> Iterator[None]:
-        """Put back what was resolved for a batch, if what follows fails."""
-        try:
-            yield
-        except Exception as error:
-            self._marked = None
-            try:
-                self._put_back(batch, vacated)
-            except HwcoreError as second:
-                error.add_note(f"What was resolved for the batch could not be put back: {second}")
-            raise
-
-    def _put_back(self, batch: VerifyBatch, vacated: Sequence[int]) -> None:
-        if isinstance(batch, VerifyBatch) and batch.relayed is not None:
-            gone = _are_in(batch.rows, vacated)
-            rows = batch.rows if gone is None else batch.rows.masked_fill(gone, _PADDING)
-            self._relay.stash(rows, batch.relayed)
-
-    # --- Refusals -------------------------------------------------------------------------------
-
-    def _check_open(self, method: str) -> None:
-        if self._closed:
-            _misuse(method, "a closed worker", "an open one", "Make a new one", ClosedError)
-
-    def _check_turn(self, method: str) -> None:
-        self._check_open(method)
-        if self._pending is not None:
-            got, fix = "a batch while another is prepared", "Call verify() or abandon() first"
-            _misuse(method, got, "one at a time", fix)
-
-    def _check_prepared(self, method: str, prepared: object) -> None:
-        self._check_open(method)
-        where, expected = f"{_WHERE}.{method}", "the batch of the last prepare(), not verified yet"
-        if not isinstance(prepared, PreparedBatch):
-            fix = "Pass what prepare() returned"
-            raise ArgumentTypeError(describe(where, "prepared", prepared, expected, fix))
-        if prepared is not self._pending:
-            raise ArgumentValueError(
-                describe(where, "prepared", prepared, expected, "Prepare the batch again")
-            )
-
-
-def _are_in(rows: Tensor, vacated: Sequence[int]) -> Tensor | None:
-    """Return which rows are among the vacated, ``[bs]``; None if there are none of those."""
-    gone = None
-    for row in vacated:  # few; as numbers they need no copy from the host
-        same = rows == row
-        gone = same if gone is None else gone | same
-    return gone
-
-
-def _misuse(
-    method: str,
-    got: str,
-    expected: str,
-    fix: str,
-    kind: type[HwcoreError] = ArgumentValueError,
-) -> NoReturn:
-    message = f"{_WHERE}.{method}: the call got {got}; expected {expected}. {fix}."
-    raise kind(message)
+    def _takes(self, name: str) -> bool:
+        return self._names is None or name in self._names

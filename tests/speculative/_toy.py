@@ -7,18 +7,23 @@ draft can carry it on; ``logits_after`` says the same in plain Python.
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
 
 from hwcore.graphs import GraphRunner
 from hwcore.overlap import FutureMap, RelayPayload, RelaySpec
-from hwcore.speculative import EagleVerifyWorker, VerifyBatch, verify_slots
+from hwcore.speculative import EagleVerifyWorker, SamplingParams, VerifyBatch, verify_slots
 
 VOCAB = 11
 CONTEXT = 64
 _M = 65537
-TREES = {1: ([-1, 0, 1, 2], 3), 3: ([-1, 0, 0, 0, 1, 1, 2, 4], 3)}  # topk: parents, spec_steps
+TREES = {
+    0: ([-1], 0),
+    1: ([-1, 0, 1, 2], 3),
+    3: ([-1, 0, 0, 0, 1, 1, 2, 4], 3),
+}  # topk: parents, spec_steps
 
 
 def entry(token, position):
@@ -42,6 +47,13 @@ def greedy_answer(prompt, count):
         logits = [spread(hashed, token) for token in range(VOCAB)]
         text.append(logits.index(max(logits)))
     return text[len(prompt) :]
+
+
+def probabilities(text, temperature=1.0):
+    """The distribution of the token after a text, in plain Python."""
+    hashed = sum(entry(token, at) for at, token in enumerate(text)) % _M
+    weights = [math.exp(spread(hashed, token) * SCALE / _M / temperature) for token in range(VOCAB)]
+    return [weight / sum(weights) for weight in weights]
 
 
 class ToyModel:
@@ -90,8 +102,9 @@ class ToyModel:
 
 
 class Request:
-    def __init__(self, prompt, count, arrival=0):
+    def __init__(self, prompt, count, arrival=0, temperature=0.0, seed=0):
         self.prompt, self.count, self.arrival = prompt, count, arrival
+        self.temperature, self.seed = temperature, seed
         self.tokens = []
         self.row, self.pages, self.in_flight = 0, [], 0
 
@@ -118,7 +131,6 @@ class ToyEngine:
         rows=3,
         pages=None,
         seed=0,
-        sampling=None,
         debug=True,
         **options,
     ):
@@ -156,7 +168,6 @@ class ToyEngine:
         )
         self.staged = []
         self.tree = self.upload([self.parents])
-        self.sampling = sampling
         self.now, self.prepared, self.in_flight = 0, [], None
         self.waiting, self.running = [], []
         self.seen = {"vacated": 0, "retracted": 0, "replayed": 0, "accepted": 0, "steps": 0}
@@ -258,7 +269,11 @@ class ToyEngine:
         lens = self.relay.resolve_seq_lens(rows)
         relayed = self.relay.resolve(rows)
         tokens = self.model.draft(rows, lens, relayed.next_token, self.parents)
-        more = {} if self.sampling is None else self.sampling(self, batch)
+        more = {}
+        if any(request.temperature for request in batch):
+            heat = [request.temperature for request in batch]
+            more["sampling"] = SamplingParams.of(heat, device=self.device)
+            more["seeds"] = self.upload([request.seed for request in batch])
         tree = self.tree.expand(len(batch), -1)
         return VerifyBatch(rows, tokens, tree, lens, tuple(bounds), relayed=relayed, **more)
 
@@ -309,7 +324,10 @@ class ToyEngine:
             self.seen["retracted"] += 1
 
 
-def requests(count=6, seed=1, longest=12):
+def requests(count=6, seed=1, longest=12, temperatures=(0.0,)):
     rng = random.Random(seed)
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randrange(2, 9))] for _ in range(count)]
-    return [Request(prompt, rng.randrange(3, longest), i) for i, prompt in enumerate(prompts)]
+    return [
+        Request(prompt, rng.randrange(3, longest), i, temperatures[i % len(temperatures)], 100 + i)
+        for i, prompt in enumerate(prompts)
+    ]

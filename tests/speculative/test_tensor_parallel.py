@@ -1,5 +1,6 @@
-"""Two processes compute one model, one of them a little off: they commit the same, or say why not."""
+"""Two processes compute one model, one of them a little off, and commit the same tokens."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from hwcore.errors import CaptureError
-from hwcore.speculative import TreeMaskMode, build_tree, verify_greedy
+from hwcore.speculative import TreeMaskMode, build_tree, tensor_parallel, verify_greedy
 from hwcore.speculative.tensor_parallel import ResultBroadcast
 
 RANK = pathlib.Path(__file__).with_name("_rank.py")
@@ -91,7 +92,7 @@ def test_a_rank_whose_peer_hangs_waits_as_long_as_it_was_told(ranks):
     assert "within 2 s" in out
 
 
-# --- One process -----------------------------------------------------------------------------------
+# --- One process ----------------------------------------------------------------------------------
 
 
 def test_results_that_go_through_the_host_are_refused_within_a_capture(hw, alone, result):
@@ -116,6 +117,70 @@ def test_through_the_host_means_one_wait_a_step_and_a_warning_that_names_it(
     with device.host_waits() as waits:
         broadcast(result, 1, 3, 3, hw.device())
     assert len(waits) == broadcast.host_syncs == 1
+
+
+class Library:
+    """A device's communication library: its collectives run on a stream of its own."""
+
+    def __init__(self, hw, monkeypatch, rank, truth=None):
+        self.hw, self.truth, self.sent = hw, truth, None
+        self.stream = hw.create_stream()
+        monkeypatch.setattr(tensor_parallel, "_library", lambda group, device_type: "acme")
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
+        monkeypatch.setattr(torch.distributed, "broadcast", self.broadcast)
+
+    def broadcast(self, packed, source, group, async_op):
+        assert (source, async_op) == (0, True)
+        self.hw.wait_stream(self.stream, self.hw.current_stream())
+        self.hw.record_stream(packed, self.stream)
+        with self.hw.stream_context(self.stream):
+            if self.truth is None:
+                self.sent = packed.clone()
+            else:
+                packed.copy_(self.truth)
+        return self
+
+    def wait(self):
+        """Make the current stream wait, and not the host."""
+        self.hw.wait_stream(self.hw.current_stream(), self.stream)
+
+
+@pytest.mark.usefixtures("in_any_order", "watched")
+def test_a_devices_own_collective_is_ordered_in_the_current_stream(hw, alone, result, monkeypatch):
+    with monkeypatch.context() as rank_0:
+        library = Library(hw, rank_0, rank=0)
+        broadcast = ResultBroadcast(alone, hw)
+        fresh = dataclasses.replace(result, bonus_tokens=result.bonus_tokens + 1)  # queued
+        assert broadcast(fresh, 1, 3, 3, hw.device()) is fresh
+        sent = library.sent
+        hw.synchronize()
+    assert sent.tolist() == [6, 7, 8, 0, 1, 2, 3, 9, 0]
+    with monkeypatch.context() as rank_1:
+        Library(hw, rank_1, rank=1, truth=sent)
+        broadcast = ResultBroadcast(alone, hw)
+        got = broadcast(None, 1, 3, 3, hw.device())
+        assert got.bonus_tokens.tolist() == [9]
+        assert got.accept_index.tolist() == [[0, 1, 2]]
+        assert broadcast.host_syncs == 0
+    for field in dataclasses.fields(result):
+        ours, theirs = getattr(result, field.name), getattr(got, field.name)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_with_the_devices_own_library_the_host_waits_for_nothing(
+    hw, alone, result, monkeypatch, rank
+):
+    if hw.info.name != "sim":
+        pytest.skip("only a simulated device tells whether it was waited for")
+    from hwcore_sim import device
+
+    truth = torch.zeros(9, dtype=torch.int64, device=hw.device()) if rank else None
+    Library(hw, monkeypatch, rank, truth)
+    broadcast = ResultBroadcast(alone, hw)
+    with device.host_waits() as waits:
+        broadcast(result, 1, 3, 3, hw.device())
+    assert waits == []
 
 
 @pytest.fixture
