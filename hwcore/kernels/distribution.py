@@ -174,7 +174,7 @@ def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tens
     reached = ops.cumsum(sums, -1)
     total = reached[:, -1:]
     aim = coins.unsqueeze(1) * total
-    block = _first_beyond(reached, sums, aim, ops)
+    block = _first_beyond(reached, sums, aim, ops).clamp(0, sums.shape[1] - 1)
     before = ops.gather(reached, 1, (block - 1).clamp(min=0))
     before = torch.where(block > 0, before, 0.0)
     inside = block_of(weights, block, 0.0, ops)
@@ -190,6 +190,10 @@ def _first_beyond(reached: Tensor, steps: Tensor, aim: Tensor, ops: TorchOps) ->
     sums grow steadily; elsewhere it keeps a dip by rounding from choosing a token of weight 0.
     """
     length = steps.shape[1]
+    if reads_are_free(steps):  # where running sums do grow steadily
+        found = ops.searchsorted(reached, aim, right=True)
+        if bool((found < length).all()):
+            return found
     place = torch.arange(length, device=steps.device)
     # What lies beyond comes before all else, in its order; the rest follows in the reverse order.
     rank = torch.where(reached > aim, place, 2 * length - place)

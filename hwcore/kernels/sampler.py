@@ -22,7 +22,9 @@ PART = 2**18
 """Logits that a CPU works on at a time, 1 MiB of float32: they stay in its cache from one pass to
 the next."""
 
-_KEPT = 8 * PART  # weights kept until the walk's decisions have been taken, by many requests at once
+_KEPT = (
+    8 * PART
+)  # weights kept until the walk's decisions have been taken, by many requests at once
 _NOBODY = -2  # parent of a node that is never accepted
 
 
@@ -44,9 +46,11 @@ class Sampler:
         self._divisors, self._filters = divisors_of(temperatures), filters
         self._coins, self._final_coins = coins, final_coins
         self._single, self._acc = thresholds
-        # On a device nobody has looked whether a token is one: such a node is never accepted.
-        self._offered = tree.draft_tokens.clamp(0, rows.vocab - 1)
-        parents = torch.where(self._offered == tree.draft_tokens, tree.parents, _NOBODY)
+        self._offered, parents = tree.draft_tokens, tree.parents
+        if not reads_are_free(coins):
+            # Nobody has looked whether a token is one: a node with none such is not accepted.
+            self._offered = tree.draft_tokens.clamp(0, rows.vocab - 1)
+            parents = torch.where(self._offered == tree.draft_tokens, parents, _NOBODY)
         self._parents = _without_repeats(parents, tree, rows.vocab)
         self._at_once = self._kept = 0  # all
         self._scratch: Tensor | None = None
@@ -135,9 +139,7 @@ class Sampler:
             accepts |= chance >= self._single
         return mass, tree.first_child(accepts & (chance > 0))
 
-    def _draw(
-        self, level: Level, offered: Tensor, found: Tensor, mass: Tensor | None
-    ) -> Tensor:
+    def _draw(self, level: Level, offered: Tensor, found: Tensor, mass: Tensor | None) -> Tensor:
         """Draw from what is left, ``[k]``; for those whose children were all rejected."""
         ops, valid = self._tree.ops, are_valid(found)
         if mass is not None:

@@ -32,11 +32,17 @@ def blocked(reduce: Callable[..., Any], rows: Tensor) -> Tensor:
 
 
 def block_of(rows: Tensor, block: Tensor, beyond: float, ops: TorchOps) -> Tensor:
-    """Return one block of each row, ``[k, BLOCK]``, with ``beyond`` past the vocabulary's end."""
+    """Return one block of each row, ``[k, BLOCK]``, with ``beyond`` past the vocabulary's end.
+
+    ``block`` is int64 ``[k, 1]``, and one that there is.
+    """
     vocab = rows.shape[1]
     token = block * BLOCK + torch.arange(min(BLOCK, vocab), device=rows.device)
-    values = ops.gather(rows, 1, token.clamp(0, vocab - 1))
-    return torch.where(token < vocab, values, beyond)
+    if vocab % BLOCK:
+        values = ops.gather(rows, 1, token.clamp(max=vocab - 1))
+        return torch.where(token < vocab, values, beyond)
+    found: Tensor = ops.gather(rows, 1, token)
+    return found
 
 
 def lowest_argmax(rows: Tensor, ops: TorchOps) -> Tensor:
@@ -49,7 +55,8 @@ def lowest_argmax(rows: Tensor, ops: TorchOps) -> Tensor:
     """
     highest = blocked(ops.amax, rows)  # [k, blocks]
     top = ops.amax(highest, -1, keepdim=True)
-    block = _first(highest == top, ops)
+    # NaN is equal to nothing: then it is none of the blocks.
+    block = _first(highest == top, ops).clamp(max=highest.shape[1] - 1)
     token = block * BLOCK + _first(block_of(rows, block, float("-inf"), ops) == top, ops)
     return torch.where(torch.isfinite(top), token, -1).squeeze(1)
 

@@ -192,18 +192,19 @@ class Outputs:
         self.index = torch.full(shape, -1, dtype=torch.int64)
         self.index[:, 0] = torch.arange(0, tree.batch * tree.nodes, tree.nodes)
         self.tokens = torch.zeros(shape, dtype=torch.int64)
-        self.predict = torch.zeros(tree.batch * tree.nodes, dtype=torch.int32)
+        # One more, which -1 indexes.
+        self.predict = torch.zeros(tree.batch * tree.nodes + 1, dtype=torch.int32)
 
     def results(self) -> Verified:
         """Return the results in the order of the operations' contract."""
-        accepted = self.index >= 0
-        lens = accepted.sum(1, dtype=torch.int32)
-        last = self.tokens.gather(1, (lens - 1).to(torch.int64).unsqueeze(1)).squeeze(1)
-        # Within a path all are valid.
-        tokens = torch.where(self.tokens < 0, self.vocab - 1, self.tokens)
-        self.predict[self.index[accepted]] = tokens[accepted].int()
-        bonus = torch.where(last < 0, self.vocab - 1, last)
-        return self.predict, self.index.int(), lens, bonus, (last < 0).int()
+        lens = (self.index >= 0).sum(1, dtype=torch.int32)
+        bonus = self.tokens.gather(1, (lens - 1).to(torch.int64).unsqueeze(1)).squeeze(1)
+        status = (bonus < 0).int()
+        if bool(status.any()):  # within a path all are valid
+            self.tokens[self.tokens < 0] = self.vocab - 1
+            bonus = torch.where(bonus < 0, self.vocab - 1, bonus)
+        self.predict[self.index.view(-1)] = self.tokens.view(-1).int()
+        return self.predict[:-1], self.index.int(), lens, bonus, status
 
 
 def walk_the_living(
