@@ -11,9 +11,11 @@ from hwcore.speculative.batch import VerifyBatch, VerifyStep
 from hwcore.speculative.chain import verify_chain
 from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
 from hwcore.speculative.commit import CommitResult, commit
+from hwcore.speculative.draft_results import DraftResults, organize_draft_results
 from hwcore.speculative.draft_sampling import sample_drafts
-from hwcore.speculative.drafts import Beam, DraftResults, DraftSteps, organize_draft_results, top_k
+from hwcore.speculative.drafts import Beam, DraftSteps
 from hwcore.speculative.inputs import verify_slots
+from hwcore.speculative.likeliest import top_k
 from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwcore.errors import ArgumentTypeError, ArgumentValueError
+from hwcore.graphs.tape import Tape
 from hwcore.speculative import DraftSteps, organize_draft_results, top_k
 
 each = settings(
@@ -186,10 +187,37 @@ def test_top_k_prefers_the_front_among_equals(data, device):
         )
 
 
+@each
+@given(data=st.data())
+def test_what_the_host_sees_on_a_cpu_changes_no_bit_of_top_k(data, hw):
+    """There rows without equals take a short cut; nowhere while a graph is captured."""
+    width = data.draw(st.integers(2, 7))
+    rows = data.draw(st.lists(st.lists(VALUES, min_size=width, max_size=width), min_size=1))
+    few = data.draw(st.lists(st.floats(width=32), min_size=width, max_size=width))
+    values, topk = torch.tensor([few, *rows]), data.draw(st.integers(1, width))
+    tape = Tape()
+    general = tape.capture(lambda: top_k(values, topk))
+    tape.replay()
+    for got, want in zip(top_k(values, topk), general, strict=True):
+        assert got.is_contiguous()
+        assert torch.equal(got.nan_to_num(nan=7.5), want.nan_to_num(nan=7.5))
+    tape.close()
+
+
+def test_places_of_a_reduced_vocabulary_become_the_targets_tokens(device):
+    values = torch.tensor([[[0.1, 0.4, 0.4], [0.3, 0.1, 0.6]]], device=device)
+    draft_ids = torch.tensor([70, 20, 40_000], device=device)
+    for topk in (1, 2, 3):
+        found, places = top_k(values, topk)
+        same, tokens = top_k(values, topk, draft_ids=draft_ids)
+        assert torch.equal(found, same)
+        assert torch.equal(tokens, draft_ids[places])
+    assert tokens.tolist() == [[[20, 40_000, 70], [40_000, 70, 20]]]
+
+
 def test_drafting_waits_for_nothing_and_can_be_captured(hw, device):
     if hw.info.name != "sim":
         pytest.skip("the device does not tell what the host waits for")
-    from hwcore.graphs.tape import Tape
     from hwcore_sim import device as sim
 
     logits = torch.rand(2, 3, 50, device=device)
@@ -254,6 +282,17 @@ BAD = [
     ),
     (lambda: top_k(ints(2, 2), 1), ArgumentTypeError, "a tensor of floats"),
     (lambda: top_k(floats(2, 3), 4), ArgumentValueError, "topk got 4 .*at most 3"),
+    (
+        lambda: top_k(floats(2, 3), 1, draft_ids=ints(4)),
+        ArgumentValueError,
+        r"draft_ids\.shape got \[4\] .*\[vocab=3\]",
+    ),
+    (lambda: top_k(floats(3), 1, draft_ids=floats(3)), ArgumentTypeError, r"draft_ids\.dtype"),
+    (
+        lambda: top_k(floats(3), 1, draft_ids=ints(3) - 2),
+        ArgumentValueError,
+        r"draft_ids\[0\] got -2 .*at least 0\. Pass the target's tokens",
+    ),
 ]
 
 
