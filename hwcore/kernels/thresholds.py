@@ -70,7 +70,8 @@ def thresholds(
                 found = _from_the_top(logits[asked], masses[asked], ks[asked], ps[asked], ops)
                 least[asked] = found
         else:
-            least = torch.where(cut, _bisected(logits, masses, ks, ps, ops), least)
+            used = top_ks is not None, top_ps is not None
+            least = torch.where(cut, _bisected(logits, masses, ks, ps, ops, *used), least)
     if min_ps is not None:
         highest = ops.amax(blocked(ops.amax, logits), -1, keepdim=True)
         floor = highest + min_ps.unsqueeze(1).log()
@@ -120,25 +121,36 @@ def _from_the_top(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: T
     return least
 
 
-def _bisected(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: TorchOps) -> Tensor:
+def _bisected(
+    logits: Tensor,
+    masses: Tensor,
+    ks: Tensor,
+    ps: Tensor,
+    ops: TorchOps,
+    by_count: bool = True,
+    by_mass: bool = True,
+) -> Tensor:
     """Halve the range of float32 until one value is left, in a fixed number of rounds."""
     limited = ks < logits.shape[1]
+    least = torch.full_like(ps, float("-inf"))
 
-    def members(least: Tensor) -> Tensor:
-        count: Tensor = ops.sum(logits >= least, 1, keepdim=True)
+    def members(value: Tensor) -> Tensor:
+        count: Tensor = ops.sum(logits >= value, 1, keepdim=True)
         return count
 
-    kth = _highest(lambda least: members(least) >= ks, ks)
-    kth = torch.where(limited, kth, float("-inf"))
+    if by_count:
+        least = torch.where(limited, _highest(lambda value: members(value) >= ks, ks), least)
+    if not by_mass:
+        return least
     units = _fixed(masses)
 
-    def mass(least: Tensor) -> Tensor:
-        total: Tensor = ops.sum(torch.where(logits >= least, units, 0), 1, keepdim=True)
+    def mass(value: Tensor) -> Tensor:
+        total: Tensor = ops.sum(torch.where(logits >= value, units, 0), 1, keepdim=True)
         return total
 
-    target = _target(ps, torch.where(limited, mass(kth), _WHOLE))
-    pth = _highest(lambda least: mass(least) >= target, ks)
-    return torch.maximum(kth, torch.where(ps < 1, pth, float("-inf")))
+    target = _target(ps, torch.where(limited, mass(least), _WHOLE))
+    found = _highest(lambda value: mass(value) >= target, ks)
+    return torch.maximum(least, torch.where(ps < 1, found, float("-inf")))
 
 
 _INFINITY = 0x7F800000  # the bits of +inf
