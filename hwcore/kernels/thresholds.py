@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from hwcore.kernels.torch_ops import TorchOps
 
-__all__ = ["reads_are_free", "thresholds"]
+    Filters: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+__all__ = ["Filters", "reads_are_free", "thresholds"]
 
 _WHOLE = 2**40  # the mass 1 in fixed point; sums of a vocabulary stay below 2^63
 _ROUNDS = 32  # bits of a float32
@@ -32,9 +34,7 @@ def thresholds(
     logits: Tensor,
     masses: Tensor,
     valid: Tensor,
-    top_ks: Tensor | None,
-    top_ps: Tensor | None,
-    min_ps: Tensor | None,
+    filters: Filters,
     ops: TorchOps,
 ) -> tuple[Tensor, Tensor]:
     """Return the least logit to keep, float32 ``[k, 1]``, and whether a row is cut at all.
@@ -47,8 +47,8 @@ def thresholds(
         Their softmax.
     valid : Tensor, bool, [k]
         Rows whose result matters.
-    top_ks, top_ps, min_ps
-        As in ``probabilities``.
+    filters : tuple
+        ``top_ks``, ``top_ps`` and ``min_ps`` as in ``probabilities``, each of which may be None.
 
     Notes
     -----
@@ -56,7 +56,7 @@ def thresholds(
     the mass p: both are the highest threshold that suffices, whatever way it is found. Counts and
     masses are integers, so two ways find the same.
     """
-    rows, vocab = logits.shape
+    (top_ks, top_ps, min_ps), (rows, vocab) = filters, logits.shape
     least = logits.new_full((rows, 1), float("-inf"))
     cut = torch.zeros(rows, 1, dtype=torch.bool, device=logits.device)
     if top_ks is not None or top_ps is not None:

@@ -175,8 +175,8 @@ def _coins(
         positions = tree.positions.view(bs, n) + 1
         ours, last = draw_coins(seeds, positions, [CoinPurpose.ACCEPT, CoinPurpose.RESIDUAL])
         return ours, last
-    assert coins is not None  # noqa: S101 - for the type checker
-    assert final_coins is not None  # noqa: S101 - for the type checker
+    assert coins is not None
+    assert final_coins is not None
     form = [("bs", bs), ("N", n)]
     check_tensor(_WHERE, "coins", coins, (torch.float32,), form, device)
     check_tensor(_WHERE, "final_coins", final_coins, (torch.float32,), form[:1], device)

@@ -151,7 +151,7 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
     bs, n = tokens.shape
     form = [("bs", bs), ("N", n), ("vocab", None)]
     check_tensor(where, name, logits, _FLOATS, form, tokens.device)
-    assert isinstance(logits, torch.Tensor)  # noqa: S101 - the line above says so to people alone
+    assert isinstance(logits, torch.Tensor)
     vocab = logits.shape[2]
     if vocab == 0:
         fix, got = "Pass the logits of a whole vocabulary", list(logits.shape)
@@ -165,7 +165,7 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
 def check_tree(where: str, tree: object) -> None:
     """Raise unless ``tree`` is a DraftTree whose parents and links stay inside each request."""
     check_instance(where, "tree", tree, DraftTree, "build_tree")
-    assert isinstance(tree, DraftTree)  # noqa: S101 - the line above says so to people alone
+    assert isinstance(tree, DraftTree)
     parents, first, sibling = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
     if not may_read(parents):
         return

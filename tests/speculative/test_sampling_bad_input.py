@@ -62,7 +62,7 @@ def with_coin(value):
         (
             {"final_coins": None},
             VALUE,
-            r"source of coins got \['coins'\] .*either seeds, or coins and final_coins\. Pass seeds=",
+            r"source of coins got \['coins'\] .*either seeds, or coins and final_coins\. Pass seed",
         ),
         ({"coins": None, "final_coins": None}, VALUE, r"source of coins got \[\]"),
         ({"coins": COINS.double()}, KIND, r"coins\.dtype got torch\.float64"),

@@ -102,18 +102,18 @@ def _sampling_inputs(generator: torch.Generator, bs: int) -> _Inputs:
     logits = torch.randn(bs, _NODES, _VOCABULARY, generator=generator)
     temperatures = torch.rand(bs, generator=generator) + 0.5
     coins = torch.rand(2, bs, _NODES, generator=generator)
-    filters = (
+    ks, ps, floors = (
         torch.randint(1, _VOCABULARY + 1, (bs,), generator=generator),
         torch.rand(bs, generator=generator) * 0.5 + 0.5,
         torch.rand(bs, generator=generator) * 0.5,
     )
     # Each of them may be missing; a greedy request may be there.
-    missing = torch.randint(0, 2, (4,), generator=generator).tolist()
-    filters = tuple(None if gone else one for one, gone in zip(filters, missing, strict=False))
-    if missing[3]:
+    *there, greedy = torch.randint(0, 2, (4,), generator=generator).bool().tolist()
+    filters = [one if used else None for one, used in zip((ks, ps, floors), there, strict=True)]
+    if greedy:
         temperatures[:1] = 0
     tree = build_tree(*arguments, **named)
-    rule = (1.0, 1.0, _NODES - 1, bool(missing[3]))
+    rule = (1.0, 1.0, _NODES - 1, greedy)
     return (*_links_of(tree), logits, temperatures, *filters, *coins, *rule), {}
 
 
