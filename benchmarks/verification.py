@@ -13,6 +13,7 @@ from hwcore.speculative import (
     DraftTree,
     SamplingParams,
     TreeMaskMode,
+    VerifyResult,
     build_tree,
     verify_greedy,
     verify_sampling,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 NODES, TOPK, STEPS = 64, 8, 6
 POINTS = [(vocab, bs) for vocab in (2**15, 2**17) for bs in (8, 16, 32, 64)]
 QUICK = [(2**15, 8), (2**15, 16)]
-PATTERNS = {
+PATTERNS: dict[str, Callable[[int], int]] = {
     "none accepted": lambda request: 0,
     "half accepted": lambda request: request % (STEPS + 1),
     "all accepted": lambda request: STEPS,
@@ -54,8 +55,7 @@ class Batch:
             tree_mask_mode=TreeMaskMode.QLEN_ONLY,
         )
         self.logits = torch.empty(bs, NODES, vocab)
-        for row in self.logits:
-            row.normal_(generator=generator).mul_(3)
+        self.logits.normal_(generator=generator).mul_(3)
         self.coins = torch.rand(bs, NODES, generator=generator)
         self.final_coins = torch.rand(bs, generator=generator)
         heat = torch.rand(bs, generator=generator) * 0.6 + 0.7
@@ -65,6 +65,11 @@ class Batch:
         top_ps = [0.9 if request % 4 < 3 else 1.0 for request in range(bs)]
         self.filtered = SamplingParams.of(heat.tolist(), top_ks, top_ps)
 
+    def verify(self, params: SamplingParams) -> VerifyResult:
+        """Call what is measured."""
+        coins, final = self.coins, self.final_coins
+        return verify_sampling(self.tree, self.logits, params, coins=coins, final_coins=final)
+
     def accept(self, pattern: str) -> Tensor:
         """Set the logits of the drafts; return the rows of the walks, ``request * N + node``."""
         parents, tokens = self.tree.parents, self.tree.draft_tokens
@@ -73,12 +78,10 @@ class Batch:
             wanted = PATTERNS[pattern](request)
             for node in range(1, NODES):
                 parent = int(parents[request, node])
-                good = node <= STEPS and node <= wanted
-                self.logits[request, parent, tokens[request, node]] = 40.0 if good else -40.0
-        lens = verify_sampling(
-            self.tree, self.logits, self.plain, coins=self.coins, final_coins=self.final_coins
-        )
-        rows = lens.accept_index[lens.accept_index >= 0].to(torch.int64)
+                token, good = int(tokens[request, node]), node <= min(STEPS, wanted)
+                self.logits[request, parent, token] = 40.0 if good else -40.0
+        index = self.verify(self.plain).accept_index
+        rows = index[index >= 0].to(torch.int64)
         expected = sum(PATTERNS[pattern](request) + 1 for request in range(len(parents)))
         if len(rows) != expected:
             message = f"{pattern}: {len(rows)} rows were walked, {expected} should be"
@@ -87,7 +90,7 @@ class Batch:
 
 
 def _parents(generator: torch.Generator) -> Tensor:
-    """A chain of ``STEPS`` drafts, and other nodes below any that has fewer than ``TOPK``."""
+    """Draw a chain of ``STEPS`` drafts, and other nodes below any that has fewer than ``TOPK``."""
     parents, depth, children = [-1], [0], [0]
     while len(parents) < NODES:
         node = len(parents)
@@ -116,7 +119,6 @@ def run(quick: bool = False) -> list[Row]:
 
 def _measure(batch: Batch, rows: Tensor, rounds: int) -> dict[str, Times]:
     tree, logits = batch.tree, batch.logits
-    coins = {"coins": batch.coins, "final_coins": batch.final_coins}
     bs, _, vocab = logits.shape
     heat = batch.plain.temperatures[rows // NODES].unsqueeze(1)
     flat = logits.view(-1, vocab)
@@ -133,8 +135,8 @@ def _measure(batch: Batch, rows: Tensor, rounds: int) -> dict[str, Times]:
         return measure
 
     ours = {
-        "sampling": lambda: verify_sampling(tree, logits, batch.plain, **coins),
-        "filtered": lambda: verify_sampling(tree, logits, batch.filtered, **coins),
+        "sampling": lambda: batch.verify(batch.plain),
+        "filtered": lambda: batch.verify(batch.filtered),
         "greedy": lambda: verify_greedy(tree, logits),
         "softmax of needed rows": lambda: torch.softmax(flat[rows] / heat, -1),
     }
