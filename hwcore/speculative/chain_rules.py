@@ -213,15 +213,16 @@ def by_token(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
     (2023).
     """
     bs, steps = chain.drafts.shape
-    walks = chain.drafts.new_ones(bs, dtype=torch.bool)
-    accepted = chain.drafts.new_zeros(bs)
+    device = chain.drafts.device
+    walks = torch.ones(bs, dtype=torch.bool, device=device)
+    accepted = torch.zeros(bs, dtype=torch.int64, device=device)
     for step in range(steps):
         valid, p = target.at(step, walks, chain.target_chance(step))
         q = chain.chances[:, step]
         # Strictly: a token without mass is not accepted by a coin of 0.
         walks = walks & valid & (q > 0) & (chain.coins[:, step] * q < p)
         accepted += walks
-    return accepted, chain.coins.new_ones(bs)
+    return accepted, torch.ones(bs, dtype=torch.float32, device=device)
 
 
 def by_block(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
@@ -241,9 +242,10 @@ def by_block(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
     Source: Sun et al., "Block verification accelerates speculative decoding" (2024), algorithm 2.
     """
     bs, steps = chain.drafts.shape
-    walks = chain.drafts.new_ones(bs, dtype=torch.bool)
-    accepted = chain.drafts.new_zeros(bs)
-    ratio = ratio_there = chain.coins.new_ones(bs)
+    device = chain.drafts.device
+    walks = torch.ones(bs, dtype=torch.bool, device=device)
+    accepted = torch.zeros(bs, dtype=torch.int64, device=device)
+    ratio = ratio_there = torch.ones(bs, dtype=torch.float32, device=device)
 
     def passes(step: int, chance: Tensor) -> None:
         """Let the block end after the draft of a step, if that passes."""
