@@ -90,3 +90,16 @@ def check_values(
         what = f"{name}[{', '.join(map(str, place))}]"
         got = values[tuple(place)].item()
         raise ArgumentValueError(describe(where, what, got, expected, fix))
+
+
+def check_range(
+    where: str, name: str, values: torch.Tensor, lowest: float, end: float, expected: str, fix: str
+) -> None:
+    """Raise unless all ``values`` are in [lowest, end), naming the first that is not.
+
+    One pass over the values, where all is well; NaN is in no range.
+    """
+    if values.numel():
+        least, most = torch.aminmax(values)
+        if not (least.item() >= lowest and most.item() < end):
+            check_values(where, name, values, ~((values >= lowest) & (values < end)), expected, fix)

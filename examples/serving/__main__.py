@@ -19,8 +19,7 @@ import hwcore
 from examples.eagle_head.head import EagleHead
 from examples.serving import report, serve_report, sizing
 from examples.serving.compare import PLAIN, compare, top_two
-from examples.serving.drafters import Eagle, PromptLookup
-from examples.serving.eagle import EagleDrafter
+from examples.serving.drafters import calibrated
 from examples.serving.llama import Llama
 from examples.serving.model import Model
 from examples.serving.prompts import PROMPTS, SERVED, as_chat
@@ -29,14 +28,11 @@ from examples.serving.weights import load
 
 if TYPE_CHECKING:
     from examples.serving.compare import Outcome
-    from examples.serving.drafters import Drafter
     from examples.serving.serve import Served
 
 HEAD = Path(__file__).parents[1] / "eagle_head" / "trained"
 TEMPERATURE = 0.8
 
-_CHAIN, _TREE = (1, 2, 3, 4, 5), (1, 4, 8, 12, 16)  # sizes to choose among
-_TOPK, _SPEC_STEPS = 4, 4
 _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half an answer
 
 
@@ -75,7 +71,7 @@ def main(
         prompts = {p.name: tokenizer(as_chat(p.text)).input_ids for p in (*chosen, *asked)}
         longest = max(map(len, prompts.values())) + tokens
         # A step may overshoot by a tree; costs are measured on the same cache.
-        slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES) + _TOPK * _SPEC_STEPS
+        slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES)
         llama = Llama(config, weights, hwcore.current_backend().device(), slots)
         eagle = None
         if (head / "config.json").is_file():
@@ -87,15 +83,7 @@ def main(
 
         passes = 3 if short else 7
         task = progress.add_task("Measuring what trees cost", total=3)
-        costs = {"lookup": sizing.measure(model, _CONTEXT, rounds=passes)}
-        progress.advance(task)
-        drafters: dict[str, Drafter] = {"lookup": PromptLookup(costs["lookup"], model.device)}
-        if eagle is not None:
-            for way, topk, sizes in (("EAGLE chain", 1, _CHAIN), ("EAGLE tree", _TOPK, _TREE)):
-                runner = EagleDrafter(eagle, 1 + model.slots.shape[1], topk, _SPEC_STEPS)
-                drafters[way] = drafter = Eagle(runner, model, sizes)
-                costs[way] = drafter.calibrate(_CONTEXT, passes)
-                progress.advance(task)
+        drafters, costs = calibrated(model, eagle, _CONTEXT, passes, lambda: progress.advance(task))
         progress.update(task, completed=3)
 
         task = progress.add_task("Decoding in every way", total=(rounds + 1) * len(chosen))

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from examples.serving import sizing
+from examples.serving.eagle import EagleDrafter
 from examples.serving.lookup import Lookup
 from examples.serving.sizing import Sizer
 from examples.serving.step import plain_step, tree_step
 from hwcore.speculative import TreeSizer, measure_costs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from examples.serving.eagle import EagleDrafter
+    from examples.eagle_head.head import EagleHead
     from examples.serving.model import Model
     from examples.serving.step import Emitted
 
@@ -169,3 +171,41 @@ class Eagle:
             costs = measure_costs(step, self._sizes, rounds=rounds)
         self.sizer = TreeSizer(costs)
         return costs
+
+
+_CHAIN, _TREE = (1, 2, 3, 4, 5), (1, 4, 8, 12, 16)  # sizes to choose among
+_TOPK, _SPEC_STEPS = 4, 4
+
+
+def calibrated(
+    model: Model,
+    head: EagleHead | None,
+    context: int,
+    rounds: int,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[dict[str, Drafter], dict[str, dict[int, float]]]:
+    """Return every drafter there is, and what a step costs with each by tree size.
+
+    Parameters
+    ----------
+    model : Model
+    head : EagleHead, optional
+        Without one there is prompt lookup alone.
+    context : int
+        Tokens in the cache while costs are measured.
+    rounds : int
+        How often each size is measured.
+    tick : callable
+        Called after each drafter.
+    """
+    costs = {"lookup": sizing.measure(model, context, rounds=rounds)}
+    drafters: dict[str, Drafter] = {"lookup": PromptLookup(costs["lookup"], model.device)}
+    tick()
+    if head is None:
+        return drafters, costs
+    for way, topk, sizes in (("EAGLE chain", 1, _CHAIN), ("EAGLE tree", _TOPK, _TREE)):
+        runner = EagleDrafter(head, 1 + model.slots.shape[1], topk, _SPEC_STEPS)
+        drafters[way] = drafter = Eagle(runner, model, sizes)
+        costs[way] = drafter.calibrate(context, rounds)
+        tick()
+    return drafters, costs

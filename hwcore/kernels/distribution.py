@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from hwcore.kernels.torch_ops import TorchOps
 
-__all__ = ["draw", "draw_with_total", "probabilities", "weights"]
+__all__ = [
+    "are_valid",
+    "divisors_of",
+    "draw",
+    "draw_with_total",
+    "probabilities",
+    "weights",
+]
 
 _LEAST_TEMPERATURE = 1e-20  # below it, logits over temperature would pass the range of float32
 
@@ -67,33 +74,53 @@ def probabilities(
     Top-p adds masses up in fixed point, 2^-40 a unit, so that their order does not matter. Mutates:
     none. Host sync: no. Graph-safe: yes.
     """
-    found, total, valid = weights(rows, temperatures, top_ks, top_ps, min_ps, ops=ops)
+    divisors = divisors_of(temperatures)
+    found, total = weights(rows, divisors, top_ks, top_ps, min_ps, ops)
+    valid = are_valid(found)
     if total is not None:
         found /= total
     greedy = temperatures <= 0
     if reads_are_free(rows) and not bool(greedy.any()):
         return found, valid
-    token, finite = lowest_argmax(rows, ops)
+    token = lowest_argmax(rows, ops)
     one_hot = torch.arange(rows.shape[1], device=rows.device) == token.unsqueeze(1)
     found = torch.where(greedy.unsqueeze(1), one_hot.to(torch.float32), found)
-    return found, torch.where(greedy, finite, valid)
+    return found, torch.where(greedy, token >= 0, valid)
+
+
+def divisors_of(temperatures: Tensor) -> Tensor:
+    """Return what to divide logits by, ``[k, 1]``.
+
+    A greedy row is decided elsewhere; dividing it by 0 would only make NaN of it.
+    """
+    least = temperatures.clamp(min=_LEAST_TEMPERATURE)
+    return torch.where(temperatures <= 0, 1.0, least).unsqueeze(1)
+
+
+def are_valid(weights: Tensor) -> Tensor:
+    """Say of which rows, ``[k]``, the logits were valid.
+
+    A softmax with NaN, +inf or nothing but -inf in it is NaN throughout.
+    """
+    return weights[:, 0] == weights[:, 0]
 
 
 def weights(
     rows: Tensor,
-    temperatures: Tensor,
+    divisors: Tensor,
     top_ks: Tensor | None,
     top_ps: Tensor | None,
     min_ps: Tensor | None,
-    *,
     ops: TorchOps,
     scratch: Tensor | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return probabilities before they are scaled to sum 1 again, as :func:`probabilities` does.
 
     Parameters
     ----------
+    divisors : Tensor, float32, [k, 1], device
+        From :func:`divisors_of`.
     scratch, out : Tensor, float32, [k, V], device, optional
         Memory to work in, and for the weights: allocating it anew costs more than filling it.
 
@@ -103,21 +130,16 @@ def weights(
         Softmax, and 0 for what top-k, top-p or min-p leave out.
     total : Tensor, float32, [k, 1], or None
         Their sum; 1 in rows where nothing was left out, None where nothing could be.
-    valid : Tensor, bool, [k]
     """
-    # A greedy row is decided elsewhere; dividing by 0 would only make NaN of it.
-    divisor = torch.where(temperatures <= 0, 1.0, temperatures.clamp(min=_LEAST_TEMPERATURE))
-    scaled = torch.div(rows.to(torch.float32), divisor.unsqueeze(1), out=scratch)
+    scaled = torch.div(rows.to(torch.float32), divisors, out=scratch)
     found = ops.softmax(scaled, -1, out=out)
-    # A softmax with NaN, +inf or nothing but -inf in it is NaN throughout.
-    valid = found[:, 0] == found[:, 0]
     if top_ks is None and top_ps is None and min_ps is None:
-        return found, None, valid
-    least, cut = thresholds(scaled, found, valid, top_ks, top_ps, min_ps, ops)
+        return found, None
+    least, cut = thresholds(scaled, found, are_valid(found), top_ks, top_ps, min_ps, ops)
     # As numbers, which multiply faster than truth values.
     found *= torch.ge(scaled, least, out=scaled)
     total = ops.sum(blocked(ops.sum, found), -1, keepdim=True)
-    return found, torch.where(cut, total, 1.0), valid
+    return found, torch.where(cut, total, 1.0)
 
 
 def draw(weights: Tensor, coins: Tensor, ops: TorchOps = TORCH) -> Tensor:
@@ -152,7 +174,7 @@ def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tens
     reached = ops.cumsum(sums, -1)
     total = reached[:, -1:]
     aim = coins.unsqueeze(1) * total
-    block = _first_beyond(reached, sums, aim, ops)
+    block = _first_beyond(reached, sums, aim, ops).clamp(0, sums.shape[1] - 1)
     before = ops.gather(reached, 1, (block - 1).clamp(min=0))
     before = torch.where(block > 0, before, 0.0)
     inside = block_of(weights, block, 0.0, ops)
@@ -164,11 +186,16 @@ def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tens
 def _first_beyond(reached: Tensor, steps: Tensor, aim: Tensor, ops: TorchOps) -> Tensor:
     """Return the first place of a positive step where ``reached > aim``, else the last such.
 
-    Asking for a positive step costs nothing on a device whose running sums grow steadily, and
-    elsewhere keeps a dip by rounding from choosing a token of weight 0.
+    -1 or less where no step is positive. Asking for a positive step costs nothing where running
+    sums grow steadily; elsewhere it keeps a dip by rounding from choosing a token of weight 0.
     """
-    place = torch.arange(steps.shape[1], device=steps.device)
-    positive = steps > 0
-    first = ops.amin(torch.where(positive & (reached > aim), place, steps.shape[1]), 1, True)
-    last = ops.amax(torch.where(positive, place, -1), 1, True)
-    return torch.where(first < steps.shape[1], first, last)
+    length = steps.shape[1]
+    if reads_are_free(steps):  # where running sums do grow steadily
+        found = ops.searchsorted(reached, aim, right=True)
+        if bool((found < length).all()):
+            return found
+    place = torch.arange(length, device=steps.device)
+    # What lies beyond comes before all else, in its order; the rest follows in the reverse order.
+    rank = torch.where(reached > aim, place, 2 * length - place)
+    least: Tensor = ops.amin(torch.where(steps > 0, rank, 3 * length), 1, keepdim=True)
+    return torch.where(least < length, least, 2 * length - least)

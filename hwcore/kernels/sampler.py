@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore.kernels.distribution import draw_with_total, weights
+from hwcore.kernels.distribution import are_valid, divisors_of, draw_with_total, weights
 from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.vocabulary import lowest_argmax
-from hwcore.kernels.walk import Step
+from hwcore.kernels.walk import Step, cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,12 +43,14 @@ class Sampler:
     ) -> None:
         self.greedy: Tensor | None = None  # bool [bs]
         self._tree, self._rows = tree, rows
-        self._temperatures, self._filters = temperatures, filters
+        self._divisors, self._filters = divisors_of(temperatures), filters
         self._coins, self._final_coins = coins, final_coins
         self._single, self._acc = thresholds
-        # On a device nobody has looked whether a token is one: such a node is never accepted.
-        self._offered = tree.draft_tokens.clamp(0, rows.vocab - 1)
-        parents = torch.where(self._offered == tree.draft_tokens, tree.parents, _NOBODY)
+        self._offered, parents = tree.draft_tokens, tree.parents
+        if not reads_are_free(coins):
+            # Nobody has looked whether a token is one: a node with none such is not accepted.
+            self._offered = tree.draft_tokens.clamp(0, rows.vocab - 1)
+            parents = torch.where(self._offered == tree.draft_tokens, parents, _NOBODY)
         self._parents = _without_repeats(parents, tree, rows.vocab)
         self._at_once = self._kept = 0  # all
         self._scratch: Tensor | None = None
@@ -67,56 +69,48 @@ class Sampler:
         if len(steps) == 1:
             return steps[0]
         tokens = torch.cat([step.tokens for step in steps])
-        children = torch.cat([step.children for step in steps])
-        return Step(tokens, children, torch.cat([step.valid for step in steps]))
+        return Step(tokens, torch.cat([step.children for step in steps]))
 
     def _decide(self, level: Level) -> Step:
         tree, ops = self._tree, self._tree.ops
-        found, total, valid, highest = self._weigh(level)
+        found, total, highest = self._weigh(level)
         offered = level.of_requests(self._offered)  # [k, N]
-        mass, child = self._offer(level, offered, found, total, highest)
-        ends = child == tree.nodes
-        tokens = ops.gather(offered, 1, child.clamp(max=tree.nodes - 1).unsqueeze(1)).squeeze(1)
+        mass = None
+        if level.may_go_on is False:
+            tokens = children = torch.full_like(level.nodes, tree.nodes)
+        else:
+            mass, children = self._offer(level, offered, found, total, highest)
+            at = children.clamp(max=tree.nodes - 1).unsqueeze(1)
+            tokens = ops.gather(offered, 1, at).squeeze(1)
+        ends = children == tree.nodes
         if level.last or (level.last is None and bool(ends.any())):
-            # Whoever goes on does not need the weights any more. A token minus itself is exactly 0.
-            ops.scatter_add_(found, 1, offered, -mass)
-            drawn, left = draw_with_total(found, level.at_nodes(self._final_coins), ops)
-            column = torch.arange(tree.nodes, device=found.device)
-            final = ops.amax(torch.where(mass > 0, column, 0), 1, keepdim=True)
-            final = ops.gather(offered, 1, final).squeeze(1)
-            drawn = torch.where(valid, torch.where(left > 0, drawn, final), self._rows.vocab - 1)
+            drawn = self._draw(level, offered, found, mass)
             tokens = torch.where(ends, drawn, tokens)
-        if self.greedy is not None and highest is not None:
-            greedy = level.of_requests(self.greedy)
-            tokens = torch.where(greedy, highest[0], tokens)
-            valid = torch.where(greedy, highest[1], valid)
-        return Step(tokens, child, valid)
+        if highest is not None and self.greedy is not None:
+            tokens = torch.where(level.of_requests(self.greedy), highest, tokens)
+        return Step(tokens, children)
 
-    def _weigh(
-        self, level: Level
-    ) -> tuple[Tensor, Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the weights ``[k, V]``, sums and validity of a level's rows; the highest logits.
+    def _weigh(self, level: Level) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the weights ``[k, V]`` and sums of a level's rows, and the highest logits.
 
         A few rows at a time where that is faster.
         """
-        found, highest, done = [], None, 0
-        for part, rows in self._rows.parts(level, self._at_once):
-            scratch = out = None
-            if self._scratch is not None and self._weights is not None:
-                scratch = self._scratch[: len(rows)]
-                out = self._weights[done : done + len(rows)]
-            filters = (None if each is None else part.of_requests(each) for each in self._filters)
-            temperatures = part.of_requests(self._temperatures)
-            ops = self._tree.ops
-            found.append(weights(rows, temperatures, *filters, ops=ops, scratch=scratch, out=out))
-            if self.greedy is not None:  # where everything is one part
-                highest = lowest_argmax(rows, ops)
-            done += len(rows)
-        if len(found) == 1:
-            return *found[0], highest
-        _, totals, valid = zip(*found, strict=True)
-        total = None if totals[0] is None else torch.cat(totals)
-        return self._weights[:done], total, torch.cat(valid), highest
+        ops, read = self._tree.ops, self._rows.of(level)
+        divisors = level.of_requests(self._divisors)
+        filters = [None if each is None else level.of_requests(each) for each in self._filters]
+        found, totals = self._weights, []
+        for cut in cuts(len(level.requests), self._at_once):
+            rows = read(cut)
+            scratch = None if self._scratch is None else self._scratch[: len(rows)]
+            out = None if found is None else found[cut]
+            asked = (None if each is None else each[cut] for each in filters)
+            part, total = weights(rows, divisors[cut], *asked, ops, scratch, out)
+            totals.append(total)
+        highest = None if self.greedy is None else lowest_argmax(rows, ops)  # of all: one part
+        found = part if found is None else found[: len(level.requests)]
+        if totals[0] is None:
+            return found, None, highest
+        return found, totals[0] if len(totals) == 1 else torch.cat(totals), highest
 
     def _offer(
         self,
@@ -124,28 +118,40 @@ class Sampler:
         offered: Tensor,
         found: Tensor,
         total: Tensor | None,
-        highest: tuple[Tensor, Tensor] | None,
+        highest: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the weight of each child ``[k, N]``, and the child that is accepted ``[k]``."""
         tree, ops = self._tree, self._tree.ops
-        if level.may_go_on is False:
-            return torch.zeros_like(offered, dtype=torch.float32), offered.new_full(
-                (len(offered),), tree.nodes
-            )
         is_child = level.of_requests(self._parents) == level.nodes.unsqueeze(1)
         if level.may_go_on is not True:
             is_child &= level.may_go_on.unsqueeze(1)
         mass = torch.where(is_child, ops.gather(found, 1, offered), 0.0)
         chance = mass if total is None else mass / total
-        if self.greedy is not None and highest is not None:
-            is_highest = (offered == highest[0].unsqueeze(1)) & is_child & highest[1].unsqueeze(1)
+        if highest is not None and self.greedy is not None:
+            is_highest = (offered == highest.unsqueeze(1)) & is_child
             greedy = level.of_requests(self.greedy).unsqueeze(1)
             chance = torch.where(greedy, is_highest.to(torch.float32), chance)
         reached = ops.cumsum(chance, 1)
-        accepts = level.at_nodes(self._coins).unsqueeze(1) < reached / max(self._acc, 1e-9)
+        if self._acc != 1:
+            reached = reached / max(self._acc, 1e-9)
+        accepts = level.at_nodes(self._coins).unsqueeze(1) < reached
         if self._single < 1:  # else nothing more: a chance of 1 is beyond every coin
             accepts |= chance >= self._single
         return mass, tree.first_child(accepts & (chance > 0))
+
+    def _draw(self, level: Level, offered: Tensor, found: Tensor, mass: Tensor | None) -> Tensor:
+        """Draw from what is left, ``[k]``; for those whose children were all rejected."""
+        ops, valid = self._tree.ops, are_valid(found)
+        if mass is not None:
+            # A weight minus itself is exactly 0. Of those that go on it is not needed any more.
+            ops.scatter_add_(found, 1, offered, -mass)
+        tokens, left = draw_with_total(found, level.at_nodes(self._final_coins), ops)
+        if mass is not None:
+            # By rounding nothing may be left; then it is the last child, which all but had it.
+            final = ops.amax(torch.where(mass > 0, self._tree.column, 0), 1, keepdim=True)
+            final = ops.gather(offered, 1, final).squeeze(1)
+            tokens = torch.where(left > 0, tokens, final)
+        return torch.where(valid, tokens, -1)
 
 
 def _without_repeats(parents: Tensor, tree: Tree, vocab: int) -> Tensor:

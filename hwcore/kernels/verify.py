@@ -20,7 +20,7 @@ from hwcore.kernels.sampler import PART, Sampler
 from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.torch_ops import TORCH
 from hwcore.kernels.vocabulary import lowest_argmax
-from hwcore.kernels.walk import Outputs, Rows, Step, Tree, walk_all, walk_the_living
+from hwcore.kernels.walk import Outputs, Rows, Step, Tree, cuts, walk_all, walk_the_living
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,22 +77,20 @@ def verify_tree_greedy(
     Graph-safe: yes.
     """
     tree = Tree(draft_tokens, parents, spec_steps, ops)
-    if not target.is_floating_point():
-
-        def follow(level: Level) -> Step:
-            tokens = level.at_nodes(target)
-            return _agreeing(level, tokens, torch.ones_like(tokens, dtype=torch.bool))
-
+    living = reads_are_free(target)
+    if target.is_floating_point():
+        vocab = target.shape[2]
+        choose = functools.partial(_by_highest, rows=Rows(target, ops), living=living)
     else:
-        rows, living = Rows(target, ops), reads_are_free(target)
+        vocab = 0  # every token is valid
 
-        def follow(level: Level) -> Step:
-            return _highest(level, rows, living)
+        def choose(level: Level) -> Step:
+            return _by_token(level, level.at_nodes(target))
 
-    if not reads_are_free(target):
-        return walk_all(tree, follow)
-    outputs = Outputs(tree)
-    walk_the_living(tree, follow, outputs, torch.arange(len(parents)))
+    if not living:
+        return walk_all(tree, vocab, choose)
+    outputs = Outputs(tree, vocab)
+    walk_the_living(tree, choose, outputs, torch.arange(tree.batch))
     return outputs.results()
 
 
@@ -161,32 +159,30 @@ def verify_tree_sampling(
     rows = Rows(logits, ops, processor)
     filters = (top_ks, top_ps, min_ps)
     rule = (threshold_single, threshold_acc)
+    sampler = Sampler(tree, rows, temperatures, filters, coins, final_coins, rule)
     if not reads_are_free(logits):
-        sampler = Sampler(tree, rows, temperatures, filters, coins, final_coins, rule)
         sampler.greedy = temperatures <= 0 if any_greedy else None
-        return walk_all(tree, sampler.choose)
-    outputs = Outputs(tree)
-    requests = torch.arange(len(parents))
+        return walk_all(tree, rows.vocab, sampler.choose)
+    outputs = Outputs(tree, rows.vocab)
+    requests = torch.arange(tree.batch)
     if any_greedy:
         greedy = temperatures <= 0
-        follow = functools.partial(_highest, rows=rows, living=True)
-        walk_the_living(tree, follow, outputs, requests[greedy])
+        choose = functools.partial(_by_highest, rows=rows, living=True)
+        walk_the_living(tree, choose, outputs, requests[greedy])
         requests = requests[~greedy]
-    if len(requests):
-        sampler = Sampler(tree, rows, temperatures, filters, coins, final_coins, rule)
-        walk_the_living(tree, sampler.choose, outputs, requests)
+    walk_the_living(tree, sampler.choose, outputs, requests)
     return outputs.results()
 
 
-def _agreeing(level: Level, tokens: Tensor, valid: Tensor) -> Step:
-    """Go on to the first child that has the target's token."""
-    agrees = level.of_requests(level.tree.parents) == level.nodes.unsqueeze(1)
-    agrees &= level.of_requests(level.tree.draft_tokens) == tokens.unsqueeze(1)
-    return Step(tokens, level.tree.first_child(agrees & valid.unsqueeze(1)), valid)
+def _by_token(level: Level, tokens: Tensor) -> Step:
+    """Go on to the first child that has the target's token; -1, which is no token: to none."""
+    tree = level.tree
+    agrees = level.of_requests(tree.parents) == level.nodes.unsqueeze(1)
+    agrees &= level.of_requests(tree.draft_tokens) == tokens.unsqueeze(1)
+    return Step(tokens, tree.first_child(agrees))
 
 
-def _highest(level: Level, rows: Rows, living: bool) -> Step:
-    size = max(1, PART // rows.vocab) if living else 0
-    found = [lowest_argmax(part, level.tree.ops) for _, part in rows.parts(level, size)]
-    tokens, valid = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return _agreeing(level, tokens, valid)
+def _by_highest(level: Level, rows: Rows, living: bool) -> Step:
+    read, size = rows.of(level), max(1, PART // rows.vocab) if living else 0
+    tokens = [lowest_argmax(read(cut), level.tree.ops) for cut in cuts(len(level.requests), size)]
+    return _by_token(level, tokens[0] if len(tokens) == 1 else torch.cat(tokens))

@@ -32,34 +32,33 @@ def blocked(reduce: Callable[..., Any], rows: Tensor) -> Tensor:
 
 
 def block_of(rows: Tensor, block: Tensor, beyond: float, ops: TorchOps) -> Tensor:
-    """Return one block of each row, ``[k, BLOCK]``, with ``beyond`` past the vocabulary's end."""
+    """Return one block of each row, ``[k, BLOCK]``, with ``beyond`` past the vocabulary's end.
+
+    ``block`` is int64 ``[k, 1]``, and one that there is.
+    """
     vocab = rows.shape[1]
     token = block * BLOCK + torch.arange(min(BLOCK, vocab), device=rows.device)
-    values = ops.gather(rows, 1, token.clamp(0, vocab - 1))
-    return torch.where(token < vocab, values, beyond)
+    if vocab % BLOCK:
+        values = ops.gather(rows, 1, token.clamp(max=vocab - 1))
+        return torch.where(token < vocab, values, beyond)
+    found: Tensor = ops.gather(rows, 1, token)
+    return found
 
 
-def lowest_argmax(rows: Tensor, ops: TorchOps) -> tuple[Tensor, Tensor]:
+def lowest_argmax(rows: Tensor, ops: TorchOps) -> Tensor:
     """Return the token of the highest logit, of equal ones the lowest, int64 ``[k]``.
+
+    -1 where a row holds NaN or +inf, or nothing but -inf.
 
     Reading the row's blocks for their maxima and then one block takes as long as reading the row;
     torch's argmax takes several times that on a CPU, and promises nothing of equal logits.
-
-    Returns
-    -------
-    tokens : Tensor, int64, [k]
-        V - 1 in rows that are not valid.
-    valid : Tensor, bool, [k]
-        False where a row holds NaN or +inf, or nothing but -inf.
     """
-    vocab = rows.shape[1]
     highest = blocked(ops.amax, rows)  # [k, blocks]
     top = ops.amax(highest, -1, keepdim=True)
-    valid = torch.isfinite(top)
-    block = _first(highest == top, ops)
-    inside = block_of(rows, block, float("-inf"), ops)
-    token = block * BLOCK + _first(inside == top, ops)
-    return torch.where(valid, token, vocab - 1).squeeze(1), valid.squeeze(1)
+    # NaN is equal to nothing: then it is none of the blocks.
+    block = _first(highest == top, ops).clamp(max=highest.shape[1] - 1)
+    token = block * BLOCK + _first(block_of(rows, block, float("-inf"), ops) == top, ops)
+    return torch.where(torch.isfinite(top), token, -1).squeeze(1)
 
 
 def _first(marks: Tensor, ops: TorchOps) -> Tensor:

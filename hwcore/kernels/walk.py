@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
@@ -25,83 +25,99 @@ __all__ = [
     "Step",
     "Tree",
     "Verified",
+    "cuts",
     "walk_all",
     "walk_the_living",
 ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Tree:
     """What of a draft tree a walk needs, and the operations to do it with."""
 
-    draft_tokens: Tensor  # int64 [bs, N]
-    parents: Tensor  # int64 [bs, N]
-    spec_steps: int
-    ops: TorchOps
-
-    @property
-    def nodes(self) -> int:
-        """``N``."""
-        return self.parents.shape[1]
+    def __init__(
+        self, draft_tokens: Tensor, parents: Tensor, spec_steps: int, ops: TorchOps
+    ) -> None:
+        self.draft_tokens, self.parents = draft_tokens, parents  # int64 [bs, N]
+        self.spec_steps, self.ops = spec_steps, ops
+        self.batch, self.nodes = parents.shape
+        self.column = torch.arange(self.nodes, device=parents.device)
 
     def first_child(self, marks: Tensor) -> Tensor:
         """Return the first marked column ``[k]`` of ``marks [k, N]``; ``N`` where there is none."""
-        column = torch.arange(self.nodes, device=marks.device)
-        found: Tensor = self.ops.amin(torch.where(marks, column, self.nodes), 1)
+        found: Tensor = self.ops.amin(torch.where(marks, self.column, self.nodes), 1)
         return found
 
 
-@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Level:
-    """Requests that stand at a node, and the nodes that led there."""
+    """Requests that stand at a node, and the nodes that led there.
 
-    tree: Tree
-    requests: Tensor  # int64 [k]
-    nodes: Tensor  # int64 [k]
-    path: list[Tensor]  # of int64 [k], the root's first; -1 once a walk has ended
-    may_go_on: Tensor | bool  # bool [k]: fewer than spec_steps drafts are accepted
-    last: bool | None  # whether nobody goes on from here; None: it is known by looking
+    Attributes
+    ----------
+    requests, nodes : Tensor, int64, [k]
+    at : Tensor, int64, [k]
+        The node's place in the flat batch.
+    path : list of Tensor, int64, [k]
+        The root's nodes first; -1 once a walk has ended.
+    may_go_on : Tensor, bool, [k], or bool
+        Whether fewer than ``spec_steps`` drafts are accepted.
+    last : bool or None
+        Whether nobody goes on from here; None: it is found by looking.
+    everyone : bool
+        Whether all requests are here, in their order.
+    """
 
-    def parts(self, size: int) -> Iterator[Level]:
+    def __init__(
+        self,
+        tree: Tree,
+        requests: Tensor,
+        nodes: Tensor,
+        path: list[Tensor],
+        may_go_on: Tensor | bool,
+        last: bool | None,
+        at: Tensor | None = None,
+    ) -> None:
+        self.tree, self.requests, self.nodes, self.path = tree, requests, nodes, path
+        self.may_go_on, self.last = may_go_on, last
+        self.at = requests * tree.nodes + nodes if at is None else at
+        self.everyone = len(requests) == tree.batch
+
+    def parts(self, size: int) -> list[Level]:
         """Cut into parts of so many requests; 0: one part."""
         if not size or len(self.requests) <= size:
-            yield self
-            return
-        for start in range(0, len(self.requests), size):
-            yield self._part(slice(start, start + size))
+            return [self]
+        return [self._part(cut) for cut in cuts(len(self.requests), size)]
 
     def of_requests(self, values: Tensor) -> Tensor:
-        """Return the rows of ``values [bs, ...]`` that belong to the requests."""
+        """Return the rows of ``values [bs, ...]`` that belong to the requests; to be read only."""
+        if self.everyone:
+            return values
         rows: Tensor = self.tree.ops.index_select(values, 0, self.requests)
         return rows
 
     def at_nodes(self, values: Tensor) -> Tensor:
         """Return ``values [bs, N]`` at each request's node, ``[k]``."""
-        rows = self.of_requests(values)
-        found: Tensor = self.tree.ops.gather(rows, 1, self.nodes.unsqueeze(1)).squeeze(1)
+        found: Tensor = self.tree.ops.index_select(values.reshape(-1), 0, self.at)
         return found
 
     def path_tokens(self) -> Tensor:
         """Return the tokens from the root to the node, ``[k, nodes]``; -1 where one ended."""
         path = torch.stack(self.path, dim=1)
-        tokens = self.tree.ops.gather(
-            self.of_requests(self.tree.draft_tokens), 1, path.clamp(min=0)
-        )
-        return torch.where(path >= 0, tokens, -1)
+        tokens = self.of_requests(self.tree.draft_tokens)
+        return torch.where(path >= 0, self.tree.ops.gather(tokens, 1, path.clamp(min=0)), -1)
 
     def _part(self, cut: slice) -> Level:
         on = self.may_go_on if isinstance(self.may_go_on, bool) else self.may_go_on[cut]
         path = [nodes[cut] for nodes in self.path]
-        return Level(self.tree, self.requests[cut], self.nodes[cut], path, on, self.last)
+        requests, nodes, at = self.requests[cut], self.nodes[cut], self.at[cut]
+        return Level(self.tree, requests, nodes, path, on, self.last, at)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Step:
     """What a level decides, for each of its requests."""
 
-    tokens: Tensor  # int64 [k]: the target's token after the node
+    tokens: Tensor  # int64 [k]: the target's token after the node; -1: its logits are not valid
     children: Tensor  # int64 [k]: the node that was accepted; N where the walk ends
-    valid: Tensor  # bool [k]: whether the logits of the node were
 
 
 class Rows:
@@ -109,98 +125,106 @@ class Rows:
 
     def __init__(self, logits: Tensor, ops: TorchOps, processor: Processor | None = None) -> None:
         bs, nodes, self.vocab = logits.shape
-        self._logits, self._ops, self._nodes = logits, ops, nodes
-        self._processor = processor
+        self._logits, self._ops, self._processor = logits, ops, processor
         self.processed = processor is not None
         joined = bs == 1 or logits.stride(0) == nodes * logits.stride(1)
         shape, strides = (bs * nodes, self.vocab), logits.stride()[1:]
         self._flat = logits.as_strided(shape, strides) if bs and joined else None
 
-    def parts(self, level: Level, size: int) -> Iterator[tuple[Level, Tensor]]:
-        """Give a level in parts of so many requests, each with the logits ``[part, V]`` there.
+    def of(self, level: Level) -> Callable[[slice], Tensor]:
+        """Return a function that gives the logits ``[part, V]`` of some requests of a level.
 
-        A processor is called once for the level.
+        They may be the caller's own memory: to be read only. A processor is called here.
         """
         if self._processor is None:
-            for part in level.parts(size):
-                yield part, self._at(part)
-            return
-        rows = self._at(level).to(torch.float32, copy=True)
+            return self._reader(level)
+        rows = self._reader(level)(slice(None)).to(torch.float32, copy=True)
         rows = self._processor(rows, level.requests, level.path_tokens())
-        done = 0
-        for part in level.parts(size):
-            yield part, rows[done : done + len(part.requests)]
-            done += len(part.requests)
+        return rows.__getitem__
 
-    def _at(self, level: Level) -> Tensor:
-        """Return the logits at each node of a level; they may be the caller's own memory."""
-        if len(level.path) == 1 and len(level.requests) == len(self._logits):
-            return self._logits[:, 0]  # everybody at the root
-        if self._flat is None:
-            return self._logits[level.requests, level.nodes]
-        at = level.requests * self._nodes + level.nodes
-        rows: Tensor = self._ops.index_select(self._flat, 0, at)
-        return rows
+    def _reader(self, level: Level) -> Callable[[slice], Tensor]:
+        flat, ops = self._flat, self._ops
+        if len(level.path) == 1 and level.everyone:
+            return self._logits[:, 0].__getitem__  # all at the root
+        if flat is None:
+            requests, nodes = level.requests, level.nodes
+            return lambda cut: self._logits[requests[cut], nodes[cut]]
+        return lambda cut: ops.index_select(flat, 0, level.at[cut])
 
 
-def walk_all(tree: Tree, choose: Callable[[Level], Step]) -> Verified:
+def cuts(length: int, size: int) -> list[slice]:
+    """Cut a length into parts of a size; 0: one part."""
+    size = size or max(1, length)
+    return [slice(start, min(start + size, length)) for start in range(0, max(1, length), size)]
+
+
+def walk_all(tree: Tree, vocab: int, choose: Callable[[Level], Step]) -> Verified:
     """Walk with everyone to the last level; whose walk has ended waits at its node."""
-    bs, n = tree.parents.shape
-    requests = torch.arange(bs, device=tree.parents.device)
+    bs, n, device = tree.batch, tree.nodes, tree.parents.device
+    requests = torch.arange(bs, device=device)
     first_row = requests * n
     nodes = torch.zeros_like(requests)
-    predict = torch.zeros(bs, n, dtype=torch.int32, device=nodes.device)
+    predict = torch.zeros(bs, n, dtype=torch.int32, device=device)
     path, index = [nodes], [first_row]
     for level in range(tree.spec_steps + 1):
         last = level == tree.spec_steps
-        # All have accepted fewer before the last level; there, those that ended before have.
+        # Before the last level all have accepted fewer; there, those that have ended.
         may_go_on = path[-1] < 0 if last and level else not last
         step = choose(Level(tree, requests, nodes, path, may_go_on, last))
-        tree.ops.scatter_(predict, 1, nodes.unsqueeze(1), step.tokens.int().unsqueeze(1))
+        tokens = torch.where(step.tokens < 0, vocab - 1, step.tokens)
+        tree.ops.scatter_(predict, 1, nodes.unsqueeze(1), tokens.int().unsqueeze(1))
         if not last:
             moves = step.children < n
             nodes = torch.where(moves, step.children, nodes)
             path = [*path, torch.where(moves, nodes, -1)]
             index.append(torch.where(moves, first_row + nodes, -1))
-    accept_index = torch.stack(index, dim=1).to(torch.int32)
+    accept_index = torch.stack(index, dim=1).int()
     lens = tree.ops.sum(accept_index >= 0, 1, dtype=torch.int32)
-    return predict.view(-1), accept_index, lens, step.tokens, (~step.valid).int()
+    return predict.view(-1), accept_index, lens, tokens, (step.tokens < 0).int()
 
 
 class Outputs:
-    """What walks write down as they go."""
+    """What walks with some requests each write down; CPU only."""
 
-    def __init__(self, tree: Tree) -> None:
-        bs, n = tree.parents.shape
-        self.predict = torch.zeros(bs * n, dtype=torch.int32)
-        self.accept_index = torch.full((bs, tree.spec_steps + 1), -1, dtype=torch.int32)
-        self.accept_index[:, 0] = torch.arange(0, bs * n, n)
-        self.bonus_tokens = torch.zeros(bs, dtype=torch.int64)
-        self.status = torch.zeros(bs, dtype=torch.int32)
+    def __init__(self, tree: Tree, vocab: int) -> None:
+        shape = tree.batch, tree.spec_steps + 1
+        self.vocab = vocab
+        self.index = torch.full(shape, -1, dtype=torch.int64)
+        self.index[:, 0] = torch.arange(0, tree.batch * tree.nodes, tree.nodes)
+        self.tokens = torch.zeros(shape, dtype=torch.int64)
+        # One more, which -1 indexes.
+        self.predict = torch.zeros(tree.batch * tree.nodes + 1, dtype=torch.int32)
 
     def results(self) -> Verified:
-        """Return them in the order of the operations' contract."""
-        lens = (self.accept_index >= 0).sum(1, dtype=torch.int32)
-        return self.predict, self.accept_index, lens, self.bonus_tokens, self.status
+        """Return the results in the order of the operations' contract."""
+        lens = (self.index >= 0).sum(1, dtype=torch.int32)
+        bonus = self.tokens.gather(1, (lens - 1).to(torch.int64).unsqueeze(1)).squeeze(1)
+        status = (bonus < 0).int()
+        if bool(status.any()):  # within a path all are valid
+            self.tokens[self.tokens < 0] = self.vocab - 1
+            bonus = torch.where(bonus < 0, self.vocab - 1, bonus)
+        self.predict[self.index.view(-1)] = self.tokens.view(-1).int()
+        return self.predict[:-1], self.index.int(), lens, bonus, status
 
 
 def walk_the_living(
     tree: Tree, choose: Callable[[Level], Step], outputs: Outputs, requests: Tensor
 ) -> None:
     """Walk with some requests, at each level with those that still accept; CPU only."""
-    n = tree.nodes
     nodes = torch.zeros_like(requests)
     path = [nodes]
+    at = None
     for level in range(tree.spec_steps + 1):
         if not len(requests):
             break
-        step = choose(Level(tree, requests, nodes, path, level < tree.spec_steps, None))
-        outputs.predict[requests * n + nodes] = step.tokens.int()
-        outputs.bonus_tokens[requests] = step.tokens  # the last level that writes is right
-        outputs.status[requests] = (~step.valid).int()
+        step = choose(Level(tree, requests, nodes, path, level < tree.spec_steps, None, at))
+        outputs.tokens[requests, level] = step.tokens
         if level == tree.spec_steps:
             break
-        (alive,) = torch.nonzero(step.children < n, as_tuple=True)
-        requests, nodes = requests[alive], step.children[alive]
-        path = [*(before[alive] for before in path), nodes]
-        outputs.accept_index[requests, level + 1] = (requests * n + nodes).int()
+        (alive,) = torch.nonzero(step.children < tree.nodes, as_tuple=True)
+        nodes = step.children[alive]
+        if len(alive) < len(requests):
+            requests, path = requests[alive], [before[alive] for before in path]
+        path = [*path, nodes]
+        at = requests * tree.nodes + nodes
+        outputs.index[requests, level + 1] = at

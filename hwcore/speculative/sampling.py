@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_tensor, check_values, may_read
+from hwcore._checks import check_instance, check_range, check_tensor, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.selection import kernel
@@ -184,8 +184,7 @@ def _coins(
     if may_read(coins):
         fix = "Draw them with torch.rand, or pass seeds"
         for name, values in (("coins", coins), ("final_coins", final_coins)):
-            bad = ~((values >= 0) & (values < 1))  # NaN is neither
-            check_values(_WHERE, name, values, bad, "a number in [0, 1)", fix)
+            check_range(_WHERE, name, values, 0, 1, "a number in [0, 1)", fix)
     return coins, final_coins.unsqueeze(1).expand(bs, n)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_tensor, check_values, may_read
+from hwcore._checks import check_range, check_tensor, check_values, may_read
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -112,7 +113,7 @@ class SamplingParams:
             title = f"params.{name}"
             check_tensor(where, title, values, (kind.dtype,), [("bs", bs)], device)
             if may_read(values):
-                check_values(where, title, values, kind.wrong(values), kind.expected, kind.fix)
+                kind.check(where, title, values)
         heat = self.temperatures
         if may_read(heat) and (self.all_greedy or not self.any_greedy):
             bad, what = (heat > 0, "0") if self.all_greedy else (heat <= 0, "more than 0")
@@ -127,37 +128,49 @@ class _Kind:
 
     dtype: torch.dtype
     everything: int  # the value that changes nothing
-    wrong: Callable[[Tensor], Tensor]  # NaN included
+    lowest: float
+    end: float  # the first beyond
     expected: str
     fix: str
 
+    def check(self, where: str, name: str, values: Tensor) -> None:
+        check_range(where, name, values, self.lowest, self.end, self.expected, self.fix)
+        if self.dtype is torch.int64:  # -1 is all, 0 nothing
+            check_values(where, name, values, values == 0, self.expected, self.fix)
+
+
+_LEAST, _ABOVE_1 = 2.0**-149, 1 + 2.0**-23  # of float32: the least above 0, and above 1
 
 _KINDS = {
     "temperatures": _Kind(
         torch.float32,
         1,
-        lambda values: ~((values >= 0) & torch.isfinite(values)),
+        0,
+        math.inf,
         "a finite number >= 0",
         "Pass 0 for greedy, 1 for the target's own distribution",
     ),
     "top_ks": _Kind(
         torch.int64,
         -1,
-        lambda values: (values < 1) & (values != -1),
+        -1,
+        math.inf,
         "an integer >= 1, or -1 for all",
         "Pass -1 to choose from all tokens",
     ),
     "top_ps": _Kind(
         torch.float32,
         1,
-        lambda values: ~((values > 0) & (values <= 1)),
+        _LEAST,
+        _ABOVE_1,
         "a number in (0, 1]",
         "Pass 1 to choose from all tokens",
     ),
     "min_ps": _Kind(
         torch.float32,
         0,
-        lambda values: ~((values >= 0) & (values <= 1)),
+        0,
+        _ABOVE_1,
         "a number in [0, 1]",
         "Pass 0 to choose from all tokens",
     ),
@@ -185,7 +198,7 @@ def _tensor(name: str, values: Sequence[float | None], bs: int | None) -> Tensor
             raise ArgumentTypeError(describe(_OF, what, value, kind.expected, kind.fix))
         numbers.append(max(min(value, _FAR), -_FAR) if kinds == (int,) else value)
     column = torch.tensor(numbers, dtype=kind.dtype)
-    check_values(_OF, name, column, kind.wrong(column), kind.expected, kind.fix)
+    kind.check(_OF, name, column)
     return column
 
 

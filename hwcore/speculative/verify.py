@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_tensor, check_values, may_read
+from hwcore._checks import check_instance, check_range, check_tensor, check_values, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.selection import kernel
@@ -141,9 +141,8 @@ def _check(tree: DraftTree, target: object) -> None:
     form, device = [("bs", bs), ("N", n)], tree.draft_tokens.device
     check_tensor(_WHERE, "target", target, (torch.int64,), form, device)
     if may_read(target):
-        bad = (target < 0) | (target >= 2**31)
         fix = "Pass the target's argmax at each node"
-        check_values(_WHERE, "target", target, bad, "a token in [0, 2^31)", fix)
+        check_range(_WHERE, "target", target, 0, 2**31, "a token in [0, 2^31)", fix)
 
 
 def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None:
@@ -160,8 +159,7 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
     if may_read(tokens):
         fix = "Draft with the target's own tokenizer"
         expected = f"a token below {vocab}, the vocabulary of {name}"
-        bad = (tokens >= vocab) | (tokens < 0)
-        check_values(where, "tree.draft_tokens", tokens, bad, expected, fix)
+        check_range(where, "tree.draft_tokens", tokens, 0, vocab, expected, fix)
 
 
 def check_tree(where: str, tree: object) -> None:
@@ -173,17 +171,17 @@ def check_tree(where: str, tree: object) -> None:
         return
     n = parents.shape[1]
     node = torch.arange(n, device=parents.device)
-    fix = "Pass what build_tree returned, unchanged"
+    bad = [
+        (parents < -1) | (parents >= node),
+        (first != -1) & ((first <= node) | (first >= n)),
+        (sibling != -1) & ((sibling <= node) | (sibling >= n)),
+    ]
+    if not bool((bad[0] | bad[1] | bad[2]).any()):
+        return
     # A parent before its child and a sibling after it: no way through the tree comes back.
     below = f"-1 or a node before it, of {n} in its request"
     after = f"-1 or a node after it, of {n} in its request"
-    for name, links, bad, expected in (
-        ("tree.parents", parents, (parents < -1) | (parents >= node), below),
-        ("tree.retrieve_next_token", first, _not_after(first, node), after),
-        ("tree.retrieve_next_sibling", sibling, _not_after(sibling, node), after),
-    ):
-        check_values(where, name, links, bad, expected, fix)
-
-
-def _not_after(links: Tensor, node: Tensor) -> Tensor:
-    return (links != -1) & ((links <= node) | (links >= len(node)))
+    fix = "Pass what build_tree returned, unchanged"
+    check_values(where, "tree.parents", parents, bad[0], below, fix)
+    check_values(where, "tree.retrieve_next_token", first, bad[1], after, fix)
+    check_values(where, "tree.retrieve_next_sibling", sibling, bad[2], after, fix)
