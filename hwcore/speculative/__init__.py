@@ -8,6 +8,7 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 """
 
 from hwcore.speculative.batch import VerifyBatch, VerifyStep
+from hwcore.speculative.cache_locs import cache_locs
 from hwcore.speculative.chain import verify_chain
 from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
 from hwcore.speculative.commit import CommitResult, commit
@@ -45,6 +46,7 @@ __all__ = [
     "WalkedRows",
     "block_positions",
     "build_tree",
+    "cache_locs",
     "commit",
     "compute_spec_mrope_positions",
     "draw_coins",
