@@ -22,7 +22,8 @@ from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
-from hwcore.speculative.tree_size import TreeSizer, measure_costs
+from hwcore.speculative.tree_costs import measure_costs
+from hwcore.speculative.tree_size import TreeSizer
 from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 from hwcore.speculative.worker import EagleVerifyWorker
 
