@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from hwcore.errors import ArgumentValueError, describe
@@ -13,6 +14,7 @@ DEBUG = "HWCORE_DEBUG"
 SANITIZE = "HWCORE_SANITIZE"
 PLAN_STREAM = "HWCORE_PLAN_STREAM"
 CAPTURE_BUDGET = "HWCORE_CAPTURE_BUDGET"
+CACHE = "HWCORE_CACHE"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 MEANINGS = {
@@ -22,8 +24,14 @@ MEANINGS = {
     SANITIZE: "1 or raise, warn, collect: race sanitizer on, and what it does at a race",
     PLAN_STREAM: "1 or 0: steps are prepared on a side stream, or not; empty: as the device says",
     CAPTURE_BUDGET: "how many graphs the process may hold; empty: the backend's default",
+    CACHE: "where measured costs of draft trees are kept; empty: ~/.cache/hwcore",
     AUTOLOAD: "torch's own; 0: import torch loads no device extension",
 }
+
+
+def cache_folder() -> Path:
+    """Return where files are kept that can be made again: ``HWCORE_CACHE``, else in the home."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "hwcore")
 
 
 def requested_backend() -> str | None:

@@ -8,6 +8,7 @@ Terms: a request's *tree* has ``N`` nodes, its *root* being the token that the l
 """
 
 from hwcore.speculative.batch import VerifyBatch, VerifyStep
+from hwcore.speculative.cache_locs import cache_locs
 from hwcore.speculative.chain import verify_chain
 from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
 from hwcore.speculative.commit import CommitResult, commit
@@ -21,7 +22,8 @@ from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
 from hwcore.speculative.sampling import verify_sampling
 from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
-from hwcore.speculative.tree_size import TreeSizer, measure_costs
+from hwcore.speculative.tree_costs import measure_costs
+from hwcore.speculative.tree_size import TreeSizer
 from hwcore.speculative.verify import VerifyResult, VerifyStatus, verify_greedy
 from hwcore.speculative.worker import EagleVerifyWorker
 
@@ -45,6 +47,7 @@ __all__ = [
     "WalkedRows",
     "block_positions",
     "build_tree",
+    "cache_locs",
     "commit",
     "compute_spec_mrope_positions",
     "draw_coins",

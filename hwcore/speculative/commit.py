@@ -144,8 +144,9 @@ def _of_path(hidden_states: Tensor, accept_index: Tensor, ops: TorchOps) -> Tens
     rows = hidden_states.flatten(0, -2)
     flat = accept_index.to(torch.int64).clamp(min=0)
     picked = ops.index_select(rows, 0, flat.view(-1)).view(*flat.shape, rows.shape[1])
-    # Not a product with 0: what lies there may be NaN.
-    return torch.where((accept_index >= 0).unsqueeze(2), picked, 0)
+    # Not a product with 0: what lies there may be NaN. In place: the rows are large, and new.
+    filled: Tensor = picked.masked_fill_((accept_index < 0).unsqueeze(2), 0)
+    return filled
 
 
 def _check(

@@ -45,7 +45,7 @@ def compute_spec_mrope_positions(
 
     Parameters
     ----------
-    deltas : Tensor, int64, [pool]
+    deltas : Tensor, int64, [pool] or [pool, 1]
         That number for each row of the request pool; written once, when a prompt has been read.
     rows : Tensor, int64 or int32, [bs]
         Rows of the batch, padding row included.
@@ -81,7 +81,7 @@ def compute_spec_mrope_positions(
     _check(deltas, rows, positions, starts)
     backend = backend or current_backend()
     with explains_missing(backend):
-        return kernel(backend, mrope_positions)(deltas, rows, positions, starts)
+        return kernel(backend, mrope_positions)(deltas.reshape(-1), rows, positions, starts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -111,7 +111,9 @@ def _recompute(outputs: Mapping[str, Any], context: MropeContext) -> Tensor:
 
 def _check(deltas: Tensor, rows: Tensor, positions: Tensor, starts: Tensor | None) -> None:
     int64, index = (torch.int64,), (torch.int64, torch.int32)
-    check_tensor(_WHERE, "deltas", deltas, int64, [("pool", None)])
+    wide = isinstance(deltas, torch.Tensor) and deltas.dim() == 2
+    form = [("pool", None), ("1", 1)] if wide else [("pool", None)]
+    check_tensor(_WHERE, "deltas", deltas, int64, form)
     device = deltas.device
     check_tensor(_WHERE, "rows", rows, index, [("bs", None)], device)
     check_tensor(_WHERE, "positions", positions, int64, [("tokens", None)], device)

@@ -11,10 +11,10 @@ from hwcore._checks import check_tensor
 from hwcore.errors import ArgumentValueError, CapabilityError, describe
 from hwcore.fence import StreamFence
 from hwcore.graphs.prepared import Verdict
-from hwcore.kernels import torch_ops
 from hwcore.overlap import PlanStream
 from hwcore.overlap.checks import check_switch
 from hwcore.speculative.batch import check_locs, check_room
+from hwcore.speculative.cache_locs import cache_locs
 from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.tree import DraftTree, TreeMaskMode, build_tree
 
@@ -157,7 +157,6 @@ class Planner:
         self._page_size = page_size
         self._spec_steps, self._mask_mode = spec_steps, tree_mask_mode
         self._req_to_token, self._deltas, self._num_slots = req_to_token, mrope_deltas, num_slots
-        self._ops = torch_ops(backend)
         pools = [pool for pool in (req_to_token, mrope_deltas) if pool is not None]
         self.fence = fence or StreamFence(backend, device, pools)
         self.plan = plan_stream_of(where, backend, device, plan_stream)
@@ -254,10 +253,8 @@ class Planner:
 
     def _located(self, table: Tensor, batch: VerifyBatch) -> Tensor:
         """Return the slots of the nodes: the places of each row from its length on."""
-        first = batch.rows.to(torch.int64) * table.shape[1] + batch.seq_lens
-        places = first.unsqueeze(1) + torch.arange(batch.draft_tokens.shape[1], device=self._device)
-        slots: Tensor = self._ops.index_select(table.view(-1), 0, places.view(-1))
-        slots = slots.view(places.shape).to(torch.int64)
+        n = batch.draft_tokens.shape[1]
+        slots = cache_locs(table, batch.rows, batch.seq_lens, n, backend=self._hw)
         return self.redirected(slots, batch, batch.rows == 0)
 
     def redirected(self, cache_locs: Tensor, batch: VerifyBatch, gone: Tensor) -> Tensor:

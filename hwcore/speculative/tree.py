@@ -127,6 +127,10 @@ def build_tree(
 
     Notes
     -----
+    Siblings of one token, which merged trees can have, stay apart. Verify counts the first alone,
+    so that the others, and what follows them, are only forward passes lost: hang their children on
+    the first before.
+
     Source: the tree layouts of SGLang's ``build_tree_kernel_efficient``. Mutates: none. Host sync:
     no (under ``HWCORE_DEBUG=1`` yes). Graph-safe: yes, FULL excepted: its size follows the lengths.
     """
@@ -140,6 +144,7 @@ def build_tree(
         _check_content(draft_tokens, parents, seq_lens)
     total = 0
     if tree_mask_mode is TreeMaskMode.FULL:
+        check_size(_WHERE, "max_mask_bytes", max_mask_bytes, 0, "Pass a number of bytes")
         total = _prefix_total(seq_lens, seq_lens_sum)
         _check_mask_size(total, bs, num_draft_tokens, max_mask_bytes)
     backend = backend or current_backend()

@@ -1,92 +1,23 @@
-"""How large a tree to verify: what a forward costs against what a tree should bring."""
+"""How large a tree to verify: what a step costs against what a tree should bring."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
-import statistics
-import tempfile
-import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from hwcore._checks import check_size
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.speculative.tree_costs import check_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Hashable, Iterable, Sequence
 
-__all__ = ["TreeSizer", "measure_costs"]
+__all__ = ["TreeSizer"]
 
-_log = logging.getLogger(__name__)
-
-_FORMAT = 1  # of the file
-
-
-def measure_costs(
-    step: Callable[[int], object],
-    sizes: Sequence[int],
-    *,
-    rounds: int = 7,
-    cache: Path | None = None,
-    key: Mapping[str, Any] | None = None,
-) -> dict[int, float]:
-    """Measure the seconds of a step by tree size.
-
-    Called once, before serving, for each batch size that sizes are chosen for.
-
-    Rounds go through all sizes in turn, so that what disturbs the machine disturbs them alike;
-    medians count. One round goes ahead unmeasured.
-
-    Parameters
-    ----------
-    step : callable
-        Runs a whole step with trees of so many nodes and waits for it: drafting, forward, verify
-        and commit. Size 1 is decoding without drafts.
-    sizes : sequence of int
-        Ascending, the first 1.
-    rounds : int
-        At least 1.
-    cache : Path, optional
-        A file to keep the figures in. Those of another ``key`` or other sizes, and a file that
-        cannot be read, are measured anew, which a warning says.
-    key : mapping of str to plain values, optional
-        What the figures depend on: model, device, dtype, batch size, threads.
-
-    Returns
-    -------
-    dict of int to float
-        Seconds, in the order of ``sizes``.
-
-    Raises
-    ------
-    ArgumentTypeError, ArgumentValueError
-        If ``sizes``, ``rounds`` or ``key`` is not as said.
-    """
-    where = "measure_costs"
-    _check_sizes(where, sizes)
-    check_size(where, "rounds", rounds, 1, "Pass how often to measure each size")
-    about = {"format": _FORMAT, "sizes": list(sizes), "key": dict(key or {})}
-    try:
-        about = json.loads(json.dumps(about, sort_keys=True))
-    except TypeError as error:
-        expected, fix = "strings, numbers, and lists and dicts of them", "Name what it depends on"
-        raise ArgumentTypeError(describe(where, "key", key, expected, fix)) from error
-    if cache is not None and (kept := _read(cache, about)) is not None:
-        return dict(zip(sizes, kept, strict=True))
-    seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    for number in range(rounds + 1):
-        for size in sizes:
-            began = time.perf_counter()
-            step(size)
-            if number:
-                seconds[size].append(time.perf_counter() - began)
-    costs = {size: statistics.median(times) for size, times in seconds.items()}
-    if cache is not None:
-        _write(cache, {**about, "seconds": list(costs.values())})
-    return costs
+_WHERE = "TreeSizer"
+_PRIOR_WEIGHT = 4.0  # observations that the chance of a node before any is worth
+_LEAST_PROBE = 8  # steps between probes, however little they cost
 
 
 class TreeSizer:
@@ -98,91 +29,128 @@ class TreeSizer:
 
     >>> sizer = TreeSizer(measure_costs(step, (1, 4, 8, 16)))
     >>> size = sizer.choose()
-    >>> sizer.learn(accepted_nodes, size)
+    >>> sizer.learn(accepted_ranks, size)
+
+    or for batches of several sizes, which cost differently and are accepted alike:
+
+    >>> sizer = TreeSizer(measure_costs(step, (1, 4, 8, 16), batch_sizes=(1, 8, 32)))
+    >>> size = sizer.choose(bs=len(requests))
+    >>> sizer.learn_batch(ranks_of_each_request, size)
+
+    Drafts of different kinds, such as looked-up matches of different lengths, are told apart by
+    ``kind``, anything hashable; each has chances of its own, so that there should be few. A draft
+    need not have been verified to be learnt from: decoding shows as well whether its nodes are on
+    the path, if it is compared with what followed.
+
+    All of it is plain Python on the host, and the same observations choose the same sizes.
 
     Parameters
     ----------
-    costs : mapping of int to float
-        Seconds of a step by tree size; 1, decoding without drafts, among them.
+    costs : mapping of int to float, or of int to that
+        Seconds of a step by tree size, 1 among them, decoding without drafts; or these by batch
+        size: those of the next greater batch count, as it is padded to that one's graph.
     prior : float
         Chance of a node before anything was seen: of rank ``r`` it is ``prior ** sqrt(r)``.
     memory : float
-        Weight that an observation keeps with each later one, in (0, 1]: what lets it follow a text
+        Weight that an observation keeps with each later step, in (0, 1]: what lets it follow a text
         that changes.
     margin : float
         What a tree must promise over the size in use: the best of many noisy estimates flatters
         itself, and sizes should not flap. Going back to no drafts needs none.
-    probe_every : int
-        After so many steps without drafts one is drafted to see whether that still is right.
+    probe_share : float
+        Of the time, in [0, 1): how much goes at most into steps with a larger tree than pays, to
+        see whether it does by now. 0: never.
 
     Attributes
     ----------
     size : int
-        What was chosen last.
+        What was chosen last, a probe's size apart.
+    costs : mapping
+        As they were passed.
     """
 
     def __init__(
         self,
-        costs: Mapping[int, float],
+        costs: Mapping[int, float] | Mapping[int, Mapping[int, float]],
         *,
         prior: float = 0.6,
         memory: float = 0.98,
         margin: float = 1.05,
-        probe_every: int = 64,
+        probe_share: float = 0.02,
     ) -> None:
-        where = "TreeSizer"
-        _check_sizes(where, sorted(costs))
-        for size, seconds in costs.items():
-            if not math.isfinite(seconds) or seconds <= 0:
-                expected, fix = "seconds, greater than 0", "Pass what measure_costs returned"
-                raise ArgumentValueError(describe(where, f"costs[{size}]", seconds, expected, fix))
         for name, value, low, high in (
             ("prior", prior, 0.0, 1.0),
             ("memory", memory, 0.0, 1.0),
             ("margin", margin, 1.0, math.inf),
+            ("probe_share", probe_share, 0.0, 1.0),
         ):
-            if not low <= value <= high or (name == "memory" and value == 0):
-                expected = f"a number in [{low}, {high}]"
+            outside = {"memory": 0.0, "probe_share": 1.0}.get(name)
+            if not low <= value <= high or value == outside:
+                expected = f"a number in [{low}, {high}]" + (
+                    "" if outside is None else f", not {outside}"
+                )
                 fix = "Leave it out for the default"
-                raise ArgumentValueError(describe(where, name, value, expected, fix))
-        check_size(where, "probe_every", probe_every, 1, "Pass a number of steps")
-        self.costs = {size: costs[size] for size in sorted(costs)}
+                raise ArgumentValueError(describe(_WHERE, name, value, expected, fix))
+        self._by_batch = _checked(costs)
+        self.costs = costs
         self.size = 1
-        self._memory, self._margin, self._probe_every = memory, margin, probe_every
-        ranks = range(max(costs))
-        # The prior weighs as much as a handful of observations.
-        self._trials = [_PRIOR_WEIGHT] * len(ranks)
-        self._hits = [_PRIOR_WEIGHT * prior ** math.sqrt(rank) for rank in ranks]
-        self._plain_steps = 0
+        self._memory, self._margin, self._probe_share = memory, margin, probe_share
+        ranks = range(max(max(by_size) for by_size in self._by_batch.values()))
+        self._prior = [prior ** math.sqrt(rank) for rank in ranks]
+        self._seen: dict[Hashable, _Acceptance] = {}
+        self._in_use: dict[tuple[int | None, Hashable], _InUse] = {}
 
-    def expected(self, size: int) -> float:
-        """Return the tokens to expect of a step with a tree of so many nodes."""
-        pairs = zip(self._hits[1:size], self._trials[1:size], strict=True)
-        return 1.0 + math.fsum(hits / trials for hits, trials in pairs)
+    def expected(
+        self, size: int, *, kind: Hashable = None, chances: Sequence[float] | None = None
+    ) -> float:
+        """Return the tokens to expect of a step with a tree of so many nodes.
 
-    def break_even(self) -> dict[int, float]:
+        Parameters
+        ----------
+        size : int
+        kind : hashable
+        chances : sequence of float, optional
+            What the drafter itself gives the nodes of this draft, by rank, the root's first. They
+            take the place of ``prior``; where they end there is no node.
+        """
+        return self._expected((size,), kind, chances)[size]
+
+    def break_even(self, bs: int | None = None) -> dict[int, float]:
         """Return how many tokens a step each size must bring to be as fast as no drafts."""
-        return {size: seconds / self.costs[1] for size, seconds in self.costs.items()}
+        costs = self._by_batch[self._batch(bs)]
+        return {size: seconds / costs[1] for size, seconds in costs.items()}
 
-    def choose(self) -> int:
-        """Return the size for the next step; 1: without drafts."""
-        speeds = {size: self.expected(size) / cost for size, cost in self.costs.items()}
+    def choose(
+        self,
+        bs: int | None = None,
+        *,
+        kind: Hashable = None,
+        chances: Sequence[float] | None = None,
+    ) -> int:
+        """Return the size for the next step; 1: without drafts.
+
+        Parameters
+        ----------
+        bs : int, optional
+            Requests of the batch; needed where costs are by batch size.
+        kind, chances
+            As :meth:`expected` takes them.
+        """
+        batch = self._batch(bs)
+        costs = self._by_batch[batch]
+        tokens = self._expected(costs, kind, chances)
+        speeds = {size: tokens[size] / cost for size, cost in costs.items()}
+        used = self._in_use.setdefault((batch, kind), _InUse())
         best = max(speeds, key=speeds.__getitem__)  # of equals the smallest
-        stays = speeds[best] <= self._margin * speeds[self.size]
-        if best > 1 and stays and (self.size == 1 or speeds[self.size] > speeds[1]):
-            best = self.size
+        stays = speeds[best] <= self._margin * speeds[used.size]
+        if best > 1 and stays and (used.size == 1 or speeds[used.size] > speeds[1]):
+            best = used.size
+        if best != used.size:
+            used.size, used.saved_s = best, 0.0
         self.size = best
-        if best > 1:
-            self._plain_steps = 0
-            return best
-        self._plain_steps += 1
-        if self._plain_steps < self._probe_every or len(self.costs) == 1:
-            return 1
-        self._plain_steps = 0
-        # The cheapest that tells anything, a step.
-        return min((size for size in self.costs if size > 1), key=self.costs.__getitem__)
+        return self._probe(used, costs) or best
 
-    def learn(self, accepted: Iterable[int], size: int) -> None:
+    def learn(self, accepted: Iterable[int], size: int, *, kind: Hashable = None) -> None:
         """Take what a verified tree showed.
 
         Parameters
@@ -192,52 +160,112 @@ class TreeSizer:
             among them.
         size : int
             Nodes that the tree had.
+        kind : hashable
         """
-        on_path = set(accepted)
-        for rank in range(1, min(size, len(self._hits))):
-            self._hits[rank] = self._memory * self._hits[rank] + (rank in on_path)
-            self._trials[rank] = self._memory * self._trials[rank] + 1.0
+        self.learn_batch((accepted,), size, kind=kind)
+
+    def learn_batch(
+        self, accepted: Iterable[Iterable[int]], size: int, *, kind: Hashable = None
+    ) -> None:
+        """Take what the trees of one step showed: as :meth:`learn`, of each request."""
+        most = min(size, len(self._prior))
+        trials, hits = 0, [0.0] * most
+        for path in accepted:
+            trials += 1
+            for rank in set(path):
+                if 0 <= rank < most:
+                    hits[rank] += 1.0
+        if trials and most > 1:
+            if kind not in self._seen:
+                self._seen[kind] = _Acceptance(len(self._prior))
+            self._seen[kind].add(hits, trials, self._memory)
+
+    def _expected(
+        self, sizes: Iterable[int], kind: Hashable, chances: Sequence[float] | None
+    ) -> dict[int, float]:
+        prior = self._prior if chances is None else chances
+        seen = self._seen.get(kind)
+        found = list(prior[: len(self._prior)] if seen is None else seen.chances(prior))
+        # From the first rank on, so that a larger tree never seems to bring less.
+        sums = [1.0, 1.0]
+        for chance in found[1:]:
+            sums.append(sums[-1] + chance)
+        return {size: sums[min(size, len(sums) - 1)] for size in sizes}
+
+    def _probe(self, used: _InUse, costs: Mapping[int, float]) -> int | None:
+        """Return a larger size where its turn has come; what it costs must have been saved."""
+        larger = [size for size in costs if size > used.size]
+        if not larger or not self._probe_share:
+            return None
+        size, step_s = larger[used.turn % len(larger)], costs[used.size]
+        used.saved_s += self._probe_share * step_s
+        # Counted as if it brought no token more than the size in use.
+        price = max(costs[size] - step_s, _LEAST_PROBE * self._probe_share * step_s)
+        if used.saved_s < price:
+            return None
+        used.saved_s, used.turn = 0.0, used.turn + 1
+        return size
+
+    def _batch(self, bs: int | None) -> int | None:
+        """Return the batch size whose costs count."""
+        if None in self._by_batch:
+            return None
+        known = cast("dict[int, dict[int, float]]", self._by_batch)
+        fix = "Pass the requests of the batch: costs are by batch size"
+        check_size(_WHERE, "bs", bs, 1, fix)
+        return min((batch for batch in known if batch >= cast("int", bs)), default=max(known))
 
 
-_PRIOR_WEIGHT = 4.0
+class _InUse:
+    """What is in use for one batch size and kind, and what was saved up for a probe."""
+
+    __slots__ = ("saved_s", "size", "turn")
+
+    def __init__(self) -> None:
+        self.size, self.saved_s, self.turn = 1, 0.0, 0
 
 
-def _check_sizes(where: str, sizes: Sequence[int]) -> None:
-    for size in sizes:
-        check_size(where, "a tree size", size, 1, "Count the root as well")
-    if not sizes or sizes[0] != 1 or list(sizes) != sorted(set(sizes)):
-        expected, fix = "ascending sizes, the first 1", "Size 1 is decoding without drafts"
-        raise ArgumentValueError(describe(where, "sizes", list(sizes), expected, fix))
+class _Acceptance:
+    """How often the node of each rank was on the path, and how often there was one."""
+
+    def __init__(self, ranks: int) -> None:
+        self._hits, self._trials = [0.0] * ranks, [0.0] * ranks
+        self._prior_weight = [_PRIOR_WEIGHT] * ranks
+
+    def add(self, hits: Sequence[float], trials: int, memory: float) -> None:
+        most = len(hits)
+        self._hits[:most] = [
+            memory * old + new for old, new in zip(self._hits[:most], hits, strict=True)
+        ]
+        self._trials[:most] = [memory * old + trials for old in self._trials[:most]]
+        self._prior_weight[:most] = [memory * old for old in self._prior_weight[:most]]
+
+    def chances(self, prior: Sequence[float]) -> list[float]:
+        """Return the chance of each rank that ``prior`` has one for."""
+        known = zip(prior, self._hits, self._trials, self._prior_weight, strict=False)
+        return [(hits + weight * p) / (trials + weight) for p, hits, trials, weight in known]
 
 
-def _read(cache: Path, about: dict[str, Any]) -> list[float] | None:
-    try:
-        text = cache.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        _log.warning("hwcore: measured costs in %s cannot be read (%s): measuring", cache, error)
-        return None
-    try:
-        kept = json.loads(text)
-        seconds = kept.pop("seconds")
-        sound = kept == about and len(seconds) == len(about["sizes"])
-        if sound and all(isinstance(s, float) and 0 < s < math.inf for s in seconds):
-            return [float(s) for s in seconds]
-        reason = "they are of something else"
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        reason = repr(error)
-    _log.warning("hwcore: measured costs in %s are of no use (%s): measuring", cache, reason)
-    return None
+def _checked(
+    costs: Mapping[int, float] | Mapping[int, Mapping[int, float]],
+) -> dict[int | None, dict[int, float]]:
+    """Return costs by batch size, which is None where there is but one."""
+    nested = [isinstance(value, Mapping) for value in costs.values()]
+    if any(nested) and not all(nested):
+        expected, fix = "seconds throughout, or mappings throughout", "Pass what measure_costs gave"
+        raise ArgumentTypeError(describe(_WHERE, "costs", costs, expected, fix))
+    if not any(nested):
+        return {None: _checked_by_size("costs", cast("Mapping[int, float]", costs))}
+    by_batch = cast("Mapping[int, Mapping[int, float]]", costs)
+    for bs in by_batch:
+        check_size(_WHERE, "a batch size", bs, 1, "Count the requests")
+    return {bs: _checked_by_size(f"costs[{bs}]", by_batch[bs]) for bs in sorted(by_batch)}
 
 
-def _write(cache: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all; that it could not be kept is no reason to stop."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(name, cache)
-    except OSError as error:
-        _log.warning("hwcore: measured costs cannot be kept in %s: %s", cache, error)
+def _checked_by_size(name: str, costs: Mapping[int, float]) -> dict[int, float]:
+    check_sizes(_WHERE, sorted(costs))
+    for size, seconds in costs.items():
+        if not math.isfinite(seconds) or seconds <= 0:
+            expected, fix = "seconds, greater than 0", "Pass what measure_costs returned"
+            raise ArgumentValueError(describe(_WHERE, f"{name}[{size}]", seconds, expected, fix))
+    return {size: costs[size] for size in sorted(costs)}

@@ -51,6 +51,7 @@ KINDS = [
     ({"spec_steps": 2.0}, r"spec_steps got 2\.0 \(float\); expected an int\. Pass the greatest"),
     ({"spec_steps": True}, r"spec_steps got True \(bool\); expected an int\."),
     ({"seq_lens_sum": "4"}, r"seq_lens_sum got '4' \(str\); expected an int\. Pass sum\(seq_l"),
+    ({"max_mask_bytes": 1e9}, r"max_mask_bytes got 1000000000.0 \(float\); expected an int\."),
     (
         {"tree_mask_mode": 0},
         r"tree_mask_mode got 0 \(int\); expected TreeMaskMode\.FULL, .*Pass a member of TreeMaskM",
@@ -69,6 +70,7 @@ VALUES = [
     ({"seq_lens": ints([4])}, r"seq_lens\.shape got \[1\] .*expected \[bs=2\]\."),
     ({"spec_steps": -1}, r"spec_steps got -1 \(int\); expected at least 0\."),
     ({"seq_lens_sum": -4}, r"seq_lens_sum got -4 \(int\); expected at least 0\."),
+    ({"max_mask_bytes": -1}, r"max_mask_bytes got -1 .*at least 0\. Pass a number of bytes"),
     ({"seq_lens_sum": 5}, r"seq_lens_sum got 5 .*expected 4, the sum of seq_lens\. Recompute it"),
     (
         {"draft_tokens": ints([[5, 6, 7], [5, -6, 7]])},

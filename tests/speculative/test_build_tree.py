@@ -3,6 +3,8 @@ import dataclasses
 import pytest
 import torch
 
+from hwcore import kernels
+from hwcore.graphs.tape import Tape
 from hwcore.speculative import DraftTree, TreeMaskMode, build_tree, commit, verify_greedy
 
 
@@ -70,11 +72,29 @@ def test_wide_packed_masks_fill_whole_words(device):
             assert mask.view(torch.uint32).shape == (1, 32, 1)
 
 
-def test_lengths_beyond_32_bits(device):
-    parents = torch.tensor([[-1, 0, 1]], device=device)
-    lens = torch.tensor([2**40], device=device)
-    tree = build_tree(parents + 1, parents, lens, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
-    assert tree.positions.tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+@pytest.mark.parametrize("mode", [TreeMaskMode.QLEN_ONLY, TreeMaskMode.BITPACKED])
+def test_lengths_beyond_32_bits(mode, device):
+    parents = torch.tensor([[-1, 0, 1]] * 3, device=device)
+    many, few = torch.tensor([2**31 - 1, 2**31 + 5, 2**40]), torch.tensor([1, 2, 3])
+    tree = build_tree(parents + 1, parents, many.to(device), tree_mask_mode=mode)
+    assert tree.positions.tolist() == [int(length) + depth for length in many for depth in range(3)]
+    same = build_tree(parents + 1, parents, few.to(device), tree_mask_mode=mode)
+    assert torch.equal(tree.tree_mask, same.tree_mask)
+
+
+def test_what_the_host_sees_on_a_cpu_changes_no_bit_of_a_full_mask():
+    """There it copies blocks; while a graph is captured it scatters, as other devices do."""
+    generator = torch.Generator().manual_seed(5)
+    for lens in ([], [0], [3, 0, 11], [1] * 9):
+        bs, n = len(lens), 7
+        earlier = [torch.randint(-1, node, (bs,), generator=generator) for node in range(1, n)]
+        parents = torch.stack([torch.full((bs,), -1), *earlier], dim=1)
+        given = parents, torch.tensor(lens, dtype=torch.int64), n - 1, 0, sum(lens)
+        tape = Tape()
+        want = tape.capture(lambda given=given: kernels.build_tree(*given)[1])
+        tape.replay()
+        assert torch.equal(kernels.build_tree(*given)[1], want)
+        tape.close()
 
 
 def test_int32_lengths_keep_their_dtype(device):

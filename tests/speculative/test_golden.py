@@ -5,7 +5,9 @@ import torch
 from hwcore.speculative import (
     TreeMaskMode,
     build_tree,
+    cache_locs,
     commit,
+    compute_spec_mrope_positions,
     organize_draft_results,
     verify_greedy,
 )
@@ -116,3 +118,45 @@ def test_verify_and_commit_are_the_kernels(name, device):
     ):
         assert tokens[:length] == row[:length]
         assert set(tokens[length:]) <= {-1}
+
+
+@pytest.mark.parametrize("name", names("relay"))
+def test_slots_are_the_kernels(name, device):
+    meta, case = load(name, device)
+    locate = case["req_to_token"], case["indices"], case["seq_lens"]
+    for count, field in (
+        (meta["N"], "extend_locs"),
+        (meta["N"], "chain_locs"),
+        (meta["topk"] * meta["steps"], "draft_locs"),
+    ):
+        assert torch.equal(cache_locs(*locate, count).view(-1), case[field]), field
+
+
+@pytest.mark.parametrize("name", names("relay"))
+def test_a_chain_is_the_tree_whose_nodes_have_one_child(name, device):
+    meta, case = load(name, device)
+    bs, n = meta["bs"], meta["N"]
+    tokens = case["chain_tokens"].view(bs, n)
+    parents = torch.arange(-1, n - 1, device=device).repeat(bs, 1)
+    mode = TreeMaskMode.QLEN_ONLY
+    tree = build_tree(tokens, parents, case["seq_lens"], tree_mask_mode=mode)
+    for got, field in (
+        (tree.tree_mask.view(-1), "chain_mask"),
+        (tree.positions, "chain_positions"),
+        (tree.retrieve_index, "chain_ri"),
+        (tree.retrieve_next_token, "chain_nt"),
+        (tree.retrieve_next_sibling, "chain_ns"),
+    ):
+        assert torch.equal(got, case[field]), field
+
+
+@pytest.mark.parametrize("name", names("relay"))
+def test_positions_on_three_axes_are_the_kernels(name, device):
+    """All of text, whose delta is 0: of trees, and of a draft-extend."""
+    meta, case = load(name, device)
+    deltas = case["seq_lens"].new_zeros(meta["pool"])
+    for layout, starts in (("chain", None), ("ext", case["ext_starts"])):
+        got = compute_spec_mrope_positions(
+            deltas, case["indices"], case[f"{layout}_positions"], starts=starts
+        )
+        assert torch.equal(got, case[f"{layout}_mrope"]), layout

@@ -37,6 +37,12 @@ def test_accepted_tokens_of_other_lengths(deltas, device):
     assert got.tolist() == [[50, 51, 52, 87, 88]] * 3
 
 
+def test_a_column_of_deltas_is_what_a_row_is(deltas, device):
+    rows, positions = torch.tensor([4, 2], device=device), torch.tensor([9, 8], device=device)
+    want = compute_spec_mrope_positions(deltas, rows, positions)
+    assert torch.equal(compute_spec_mrope_positions(deltas.unsqueeze(1), rows, positions), want)
+
+
 def test_positions_beyond_32_bits(deltas, device):
     rows = torch.tensor([3], device=device)
     positions = torch.tensor([2**31, 2**40], device=device)
@@ -71,7 +77,8 @@ def ints(*values, dtype=torch.int64):
 
 BAD = [
     ({"deltas": ints(1).float()}, ArgumentTypeError, r"deltas\.dtype"),
-    ({"deltas": ints(1).view(1, 1)}, ArgumentTypeError, r"deltas\.dim\(\)"),
+    ({"deltas": ints(1).view(1, 1, 1)}, ArgumentTypeError, r"deltas\.dim\(\)"),
+    ({"deltas": ints(1, 2).view(1, 2)}, ArgumentValueError, r"deltas\.shape got \[1, 2\]"),
     ({"rows": ints(0, 5)}, ArgumentValueError, r"rows\[1\] got 5 .*a row in \[0, 5\)"),
     ({"rows": ints(-1, 0)}, ArgumentValueError, r"rows\[0\] got -1"),
     ({"positions": ints(1, 2, 3)}, ArgumentValueError, r"len\(positions\) got 3 .*Pass `starts`"),

@@ -1,12 +1,15 @@
+"""Which size is chosen, and how what was accepted is followed."""
+
 import itertools
-import json
-import logging
+import math
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hwcore.errors import ArgumentTypeError, ArgumentValueError
-from hwcore.speculative import TreeSizer, measure_costs
+from hwcore.speculative import TreeSizer
 
 SIZES = (1, 4, 8, 16)
 MEMORY_BOUND = dict.fromkeys(SIZES, 1.0)
@@ -57,12 +60,12 @@ def test_one_tree_teaches_about_the_smaller_ones():
 
 def test_a_text_that_changes_is_followed_both_ways():
     costs = {1: 1.0, 4: 1.4, 16: 2.0}
-    sizer = TreeSizer(costs, probe_every=16)
-    assert run(sizer, lambda rank: 0.6 if rank < 5 else 0.2, 200)[-1] == 16
-    assert set(run(sizer, lambda rank: 0.01, 600)[-15:]) <= {1, 4}
-    assert sizer.size == 1
-    run(sizer, lambda rank: 0.6 if rank < 5 else 0.2, 3000, seed=1)
-    assert sizer.size == 16
+    sizer = TreeSizer(costs)
+    for seed in range(3):
+        run(sizer, lambda rank: 0.6 if rank < 5 else 0.2, 1500, seed)
+        assert sizer.size == 16
+        run(sizer, lambda rank: 0.01, 600, seed)
+        assert sizer.size == 1
 
 
 def test_sizes_do_not_flap_between_equals():
@@ -72,12 +75,98 @@ def test_sizes_do_not_flap_between_equals():
     assert changes <= 20
 
 
-def test_what_does_not_pay_costs_little():
-    """A probe in 64 steps, of the cheapest tree."""
-    sizer = TreeSizer({1: 1.0, 4: 1.5, 16: 3.0})
-    chosen = run(sizer, lambda rank: 0.0, 2000)
-    spent = sum(sizer.costs[size] for size in chosen[200:])
-    assert spent / len(chosen[200:]) < 1.03
+@pytest.mark.parametrize("costs", [{1: 1.0, 4: 1.5, 16: 3.0}, {1: 1.0, 2: 1.01}, {1: 1.0, 8: 30.0}])
+def test_what_does_not_pay_costs_little(costs):
+    """Probes of larger trees take two hundredths of the time at most, however dear they are."""
+    sizer = TreeSizer(costs)
+    chosen = run(sizer, lambda rank: 0.0, 4000)[200:]
+    assert sizer.size == 1
+    assert sum(costs[size] for size in chosen) / len(chosen) <= 1.02
+    assert len(set(chosen)) == len(costs)
+
+
+def test_without_probes_none_are_made():
+    chosen = run(TreeSizer({1: 1.0, 4: 1.5}, probe_share=0.0), lambda rank: 0.0, 2000)
+    assert set(chosen[200:]) == {1}
+
+
+def test_a_larger_tree_than_the_one_in_use_is_tried_too():
+    """Where the ranks beyond had been worth little, and by now are worth much."""
+    sizer = TreeSizer({1: 1.0, 4: 1.1, 16: 1.6})
+    run(sizer, lambda rank: 0.6 if rank < 4 else 0.0, 400)
+    assert sizer.size == 4
+    run(sizer, lambda rank: 0.6, 4000)
+    assert sizer.size == 16
+
+
+def test_batches_of_several_sizes_cost_differently_and_are_accepted_alike():
+    """At 1 request nodes are free; at 8, and beyond, they are not."""
+    sizer = TreeSizer({1: {1: 1.0, 8: 1.1}, 8: {1: 1.0, 8: 4.0}}, probe_share=0.0)
+    for _ in range(100):
+        sizer.learn_batch([[1, 2], [1], [], [1, 5]], 8)
+    assert sizer.expected(8) == pytest.approx(1 + (2 + 1 + 0 + 2) / 4, abs=0.05)
+    assert [sizer.choose(bs) for bs in (1, 2, 8, 9, 500)] == [8, 1, 1, 1, 1]
+    assert sizer.choose(1) == 8  # what is in use elsewhere does not count
+    assert sizer.break_even(1) == {1: 1.0, 8: 1.1}
+    assert sizer.break_even(3) == {1: 1.0, 8: 4.0}
+
+
+def test_a_step_of_many_requests_weighs_no_more_than_the_steps_before():
+    """The memory is of steps: one batch does not wipe out what a hundred have shown."""
+    sizer = TreeSizer({1: 1.0, 2: 1.0})
+    for _ in range(300):
+        sizer.learn_batch([[1]] * 64, 2)
+    sizer.learn_batch([[]] * 64, 2)
+    assert sizer.expected(2) == pytest.approx(1.98, abs=0.005)
+
+
+def test_kinds_of_drafts_are_told_apart():
+    sizer = TreeSizer({1: 1.0, 4: 1.5})
+    for _ in range(100):
+        sizer.learn([1, 2, 3], 4, kind="long match")
+        sizer.learn([], 4, kind="short match")
+    assert sizer.expected(4, kind="long match") == pytest.approx(4.0, abs=0.2)
+    assert sizer.expected(4, kind="short match") == pytest.approx(1.0, abs=0.2)
+    assert sizer.expected(4, kind="unheard of") == TreeSizer({1: 1.0, 4: 1.5}).expected(4)
+    assert sizer.choose(kind="long match") == 4
+    assert sizer.choose(kind="short match") == 1
+
+
+def test_the_drafters_own_chances_take_the_place_of_the_prior():
+    sizer = TreeSizer({1: 1.0, 4: 1.5, 8: 1.6})
+    assert sizer.expected(8, chances=[1.0, 0.5, 0.25]) == 1.75  # no node beyond
+    assert sizer.choose(chances=[1.0, 0.9, 0.8, 0.7]) == 4
+    assert sizer.choose(chances=[1.0, 0.1]) == 1
+    assert sizer.choose(chances=[1.0]) == 1
+    for _ in range(400):
+        sizer.learn([1], 4)
+    assert sizer.expected(4, chances=[1.0, 0.1, 0.9]) == pytest.approx(2.0, abs=0.01)
+
+
+@settings(deadline=None)
+@given(
+    costs=st.dictionaries(st.integers(2, 9), st.floats(0.5, 8.0), max_size=4),
+    paths=st.lists(st.lists(st.integers(0, 12), max_size=5), max_size=20),
+)
+def test_without_a_margin_it_is_the_best_of_all_sizes(costs, paths):
+    """In Python's plainest: the mean of what was seen, the later the weightier."""
+    costs, memory, prior = {1: 1.0} | costs, 0.9, 0.5
+    sizer = TreeSizer(costs, memory=memory, prior=prior, margin=1.0, probe_share=0.0)
+    for path in paths:
+        sizer.learn(path, max(costs))
+    tokens = 1.0
+    speeds = {1: 1.0}
+    for rank in range(1, max(costs)):
+        weight = 4.0 * memory ** len(paths)
+        trials, hits = weight, weight * prior ** math.sqrt(rank)
+        for age, path in enumerate(reversed(paths)):
+            trials += memory**age
+            hits += memory**age * (rank in path)
+        tokens += hits / trials
+        if rank + 1 in costs:
+            speeds[rank + 1] = tokens / costs[rank + 1]
+            assert sizer.expected(rank + 1) == pytest.approx(tokens)
+    assert speeds[sizer.choose()] == pytest.approx(max(speeds.values()))
 
 
 def test_break_even_is_the_cost_in_steps_without_drafts():
@@ -91,65 +180,6 @@ def test_the_same_observations_choose_the_same_sizes():
     assert first == second
 
 
-def test_sizes_are_measured_in_turn_and_the_first_round_is_not_counted():
-    seen = []
-    costs = measure_costs(seen.append, (1, 2, 8), rounds=3)
-    assert seen == [1, 2, 8] * 4
-    assert list(costs) == [1, 2, 8]
-    assert all(seconds > 0 for seconds in costs.values())
-
-
-def test_measured_costs_are_kept(tmp_path, caplog):
-    file, seen = tmp_path / "deep" / "costs.json", []
-    first = measure_costs(seen.append, (1, 4), cache=file, key={"model": "m", "bs": 8})
-    count = len(seen)
-    assert measure_costs(seen.append, (1, 4), cache=file, key={"bs": 8, "model": "m"}) == first
-    assert len(seen) == count
-    assert not caplog.records
-    assert [path.name for path in file.parent.iterdir()] == ["costs.json"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[]", "null", '{"seconds": [1.0, 2.0]}', "\x00\xff", "5"],
-)
-def test_a_file_of_no_use_is_measured_anew_and_said(content, tmp_path, caplog):
-    file, seen = tmp_path / "costs.json", []
-    file.write_text(content, encoding="latin-1")
-    with caplog.at_level(logging.WARNING):
-        measure_costs(seen.append, (1, 4), cache=file)
-    assert seen
-    assert "measuring" in caplog.text
-    assert json.loads(file.read_text())["sizes"] == [1, 4]
-
-
-@pytest.mark.parametrize("seconds", [[1.0], [1.0, -2.0], [1.0, "2"], [1.0, float("inf")], None])
-def test_figures_that_cannot_be_are_measured_anew(seconds, tmp_path, caplog):
-    file, seen = tmp_path / "costs.json", []
-    measure_costs(lambda size: None, (1, 4), cache=file)
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "seconds": seconds}))
-    measure_costs(seen.append, (1, 4), cache=file)
-    assert seen
-
-
-@pytest.mark.parametrize("change", [{"key": {"bs": 2}}, {"sizes": (1, 8)}])
-def test_figures_of_something_else_are_measured_anew(change, tmp_path, caplog):
-    file, seen = tmp_path / "costs.json", []
-    arguments = {"sizes": (1, 4), "key": {"bs": 1}}
-    measure_costs(lambda size: None, **arguments, cache=file)
-    measure_costs(seen.append, **(arguments | change), cache=file)
-    assert seen
-    assert "something else" in caplog.text
-
-
-def test_a_place_that_cannot_be_written_is_said_and_no_reason_to_stop(tmp_path, caplog):
-    (tmp_path / "taken").write_text("")
-    costs = measure_costs(lambda size: None, (1, 4), cache=tmp_path / "taken" / "costs.json")
-    assert list(costs) == [1, 4]
-    assert "cannot be kept" in caplog.text
-
-
 BAD = [
     (lambda: TreeSizer({}), ArgumentValueError, r"sizes got \[\]"),
     (lambda: TreeSizer({4: 1.0}), ArgumentValueError, r"sizes got \[4\] .*the first 1"),
@@ -159,10 +189,14 @@ BAD = [
     (lambda: TreeSizer({1: 1.0}, memory=0.0), ArgumentValueError, "memory got 0.0"),
     (lambda: TreeSizer({1: 1.0}, margin=0.9), ArgumentValueError, "margin got 0.9"),
     (lambda: TreeSizer({1: 1.0}, prior=1.5), ArgumentValueError, "prior got 1.5"),
-    (lambda: TreeSizer({1: 1.0}, probe_every=0), ArgumentValueError, "probe_every got 0"),
-    (lambda: measure_costs(print, (4, 1)), ArgumentValueError, r"sizes got \[4, 1\]"),
-    (lambda: measure_costs(print, (1, 4), rounds=0), ArgumentValueError, "rounds got 0"),
-    (lambda: measure_costs(print, (1,), key={"a": {1}}), ArgumentTypeError, "key got"),
+    (lambda: TreeSizer({1: 1.0}, probe_share=1.0), ArgumentValueError, "probe_share got 1.0"),
+    (lambda: TreeSizer({8: {4: 1.0}}), ArgumentValueError, r"sizes got \[4\] .*the first 1"),
+    (lambda: TreeSizer({8: {1: 0.0}}), ArgumentValueError, r"costs\[8\]\[1\] got 0.0"),
+    (lambda: TreeSizer({0: {1: 1.0}}), ArgumentValueError, "a batch size got 0"),
+    (lambda: TreeSizer({1: {1: 1.0}, 2: 1.0}), ArgumentTypeError, "costs got"),
+    (lambda: TreeSizer({8: {1: 1.0}}).choose(), ArgumentTypeError, "bs got None .*an int"),
+    (lambda: TreeSizer({8: {1: 1.0}}).choose(0), ArgumentValueError, "bs got 0"),
+    (lambda: TreeSizer({8: {1: 1.0}}).break_even(), ArgumentTypeError, "bs got None"),
 ]
 
 
