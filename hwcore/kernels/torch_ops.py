@@ -47,7 +47,6 @@ KERNEL_MARK = "hwcore_kernel"
 OPERATORS = (
     "amax",
     "amin",
-    "any",
     "argmax",
     "cumsum",
     "gather",
@@ -94,7 +93,6 @@ class TorchOps:
 
     amax: Op
     amin: Op
-    any: Op
     argmax: Op
     cumsum: Op
     gather: Op
