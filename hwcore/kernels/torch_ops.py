@@ -47,7 +47,6 @@ KERNEL_MARK = "hwcore_kernel"
 OPERATORS = (
     "amax",
     "amin",
-    "argmax",
     "cumsum",
     "gather",
     "index_copy_",
@@ -93,7 +92,6 @@ class TorchOps:
 
     amax: Op
     amin: Op
-    argmax: Op
     cumsum: Op
     gather: Op
     index_copy_: Op

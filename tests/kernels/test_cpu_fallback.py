@@ -31,7 +31,7 @@ EVERY_DEVICE = {
         "zeros",
         "zeros_like",
     ),
-    *("fill_", "zero_"),
+    *("fill_", "masked_fill_", "zero_"),
     # what copies them whole
     *("copy_", "_to_copy", "clone", "cat", "stack", "repeat", "constant_pad_nd", "_foreach_copy_"),
     "record_stream",
