@@ -96,7 +96,7 @@ def _from_the_top(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: T
     open_rows = torch.arange(len(logits))
     limited = ks < vocab
     looked_at = max(_FIRST, int(torch.where(limited, ks, 0).max()) + 1)
-    while len(open_rows) and (looked_at < vocab // 8 or vocab <= 8 * _FIRST):
+    while len(open_rows):
         looked_at = min(looked_at, vocab)
         values, tokens = ops.topk(logits, looked_at)
         sums = ops.cumsum(_fixed(ops.gather(masses, 1, tokens)), 1)
@@ -111,13 +111,9 @@ def _from_the_top(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: T
         enough = enough.squeeze(1) | (looked_at == vocab)
         least[open_rows[enough]] = torch.maximum(kth, pth)[enough]
         more = ~enough
-        if not bool(more.any()):
-            return least
         open_rows, logits, masses = open_rows[more], logits[more], masses[more]
         ks, ps, limited = ks[more], ps[more], limited[more]
         looked_at *= 8
-    if len(open_rows):
-        least[open_rows] = _bisected(logits, masses, ks, ps, ops)
     return least
 
 
@@ -127,8 +123,8 @@ def _bisected(
     ks: Tensor,
     ps: Tensor,
     ops: TorchOps,
-    by_count: bool = True,
-    by_mass: bool = True,
+    by_count: bool,
+    by_mass: bool,
 ) -> Tensor:
     """Halve the range of float32 until one value is left, in a fixed number of rounds."""
     limited = ks < logits.shape[1]
