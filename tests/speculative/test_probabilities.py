@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwcore.graphs.tape import Tape
+from hwcore.kernels import distribution as distribution_ops
 from hwcore.kernels import thresholds
-from hwcore.kernels.torch_ops import TorchOps
+from hwcore.kernels.torch_ops import TORCH, TorchOps
 from hwcore.speculative.distribution import draw, probabilities
 
 from ._sampling import distribution, seeded
@@ -33,7 +34,7 @@ def rows(draw_):
         logits = logits.round()  # ties, zeros of both signs
     heat = [draw_(st.sampled_from([0.0, 0.2, 1.0, 3.0])) for _ in range(k)]
     ks = [draw_(st.sampled_from([-1, 1, 2, 50, 300, vocab, vocab + 1])) for _ in range(k)]
-    ps = [draw_(st.sampled_from([1.0, 0.999, 0.9, 0.3, 1e-6])) for _ in range(k)]
+    ps = [draw_(st.sampled_from([1.0, 0.999, 0.9, 0.3, 1e-30])) for _ in range(k)]
     floors = [draw_(st.sampled_from([0.0, 1e-4, 0.1, 1.0])) for _ in range(k)]
     return logits, heat, *(v if draw_(st.booleans()) else None for v in (ks, ps, floors))
 
@@ -84,6 +85,27 @@ def test_top_p_is_of_what_top_k_left(device):
     for got, _ in ways(lambda: probabilities(probs.log().to(device), on(device, [1.0]), k2, p)):
         # Of 0.7, 0.4 is 57 %: one token is enough.
         assert got.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+
+
+def test_ties_of_the_kth_logit_beyond_those_looked_at_have_their_mass(device):
+    # Half of the mass on one token, the rest equal: k = 2 keeps all, and then p = 0.6 does.
+    logits = torch.full((1, LARGE), 0.5 / (LARGE - 1)).log()
+    logits[0, 7] = math.log(0.5)
+    k2, p = on(device, [2], torch.int64), on(device, [0.6])
+    for got, _ in ways(lambda: probabilities(logits.to(device), on(device, [1.0]), k2, p)):
+        assert (got > 0).all()
+
+
+def test_a_row_that_is_not_cut_is_scaled_by_nothing(device):
+    logits = torch.randn(64, 700, generator=seeded(4)).to(device)
+    ks = on(device, [-1, 5] * 32, torch.int64)
+    divisors = distribution_ops.divisors_of(on(device, [1.0] * 64))
+    plain, none = distribution_ops.weights(logits, divisors, (None,) * 3, TORCH)
+    cut, total = distribution_ops.weights(logits, divisors, (ks, None, None), TORCH)
+    assert none is None
+    assert torch.equal(cut[::2], plain[::2])
+    assert total[::2].unique().tolist() == [1.0]
+    assert total[1::2].max() < 0.5
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
@@ -159,6 +181,13 @@ def test_a_draw_is_the_inverse_of_the_distribution(seed, vocab, full, coin, devi
         want, margin = slow_draw(row, each_coin)
         assert row[got] > 0
         assert got == want or margin < 1e-4
+
+
+def test_a_coin_at_a_boundary_draws_what_begins_there(device):
+    weights = torch.tensor([[0.25, 0.0, 0.25, 0.5]] * 4).to(device)
+    coins = on(device, [0.0, 0.25, 0.5, 1 - 2**-24])
+    for got in ways(lambda: draw(weights, coins)):
+        assert got.tolist() == [0, 2, 3, 3]
 
 
 def test_a_draw_from_nothing_is_in_the_vocabulary(device):
