@@ -3,9 +3,3 @@
 In this order: ``generate`` (the model answers prompts of its own and ours; ``prompts``,
 ``conversation``, ``decoder``), ``train`` and ``evaluate``. ``head`` is what serving uses.
 """
-
-import os
-
-# Threads that spin at each barrier take ten times as long once another process runs beside them.
-# Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,148 +13,37 @@ import torch
 
 import hwcore
 from examples.eagle_head import plot, prompts
-from examples.eagle_head.drafter import Drafter
 from examples.eagle_head.head import EagleHead
 from examples.serving import weights as target
+from examples.serving.decode import decode
+from examples.serving.drafters import Eagle
+from examples.serving.eagle import EagleDrafter
 from examples.serving.llama import Llama
+from examples.serving.model import Model
 from examples.serving.prompts import as_chat
-from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor
+    from examples.serving.decode import Answer
 
-    from examples.eagle_head.drafter import Draft
+SPEC_STEPS = 4
+WAYS = {"chain": (1, 5), "tree": (4, 16)}
+"""Branches at each node, and nodes."""
 
-    Propose = Callable[[Drafter, int], Draft]
-
-SPEC_STEPS, TOPK, SIZE = 4, 4, 16
-_END = 2
-WAYS: dict[str, Propose] = {
-    "chain": lambda drafter, root: drafter.chain(root, SPEC_STEPS),
-    "tree": lambda drafter, root: drafter.tree(root, SPEC_STEPS, TOPK, SIZE),
-}
+_CAPACITY, _END = 1024, 2
 
 
-class Decoded(NamedTuple):
-    """An answer, in how many rounds it came, and how long drafting and all of it took."""
-
-    tokens: list[int]
-    rounds: int
-    seconds: float
-    drafting: float
-
-
-class Text:
-    """A target and its KV entries for a single text.
-
-    Parameters
-    ----------
-    llama : Llama
-    capacity : int
-    taps : tuple of int
-    """
-
-    def __init__(self, llama: Llama, capacity: int, taps: tuple[int, ...]) -> None:
-        self.llama, self.taps, self.length = llama, taps, 0
-        self._kv = llama.new_kv(1 + capacity)
-        self._slots = torch.arange(1, 1 + capacity, device=llama.device).unsqueeze(0)
-
-    def append(self, tokens: Sequence[int]) -> tuple[int, Tensor]:
-        """Append tokens; return the one that follows, and the features of these."""
-        batch, lens = self._tensor([list(tokens)]), self._tensor([self.length])
-        self.length += len(tokens)
-        logits, features = self.llama.forward_features(
-            self._kv, batch, lens, self._slots[:, : self.length], last=True, taps=self.taps
-        )
-        return int(logits[0, -1].argmax()), features
-
-    def verify(self, draft: Draft) -> tuple[list[int], Tensor]:
-        """Append the part of a tree that the target agrees with.
-
-        Returns
-        -------
-        tokens : list of int
-            The accepted drafts and the target's own next token.
-        features : Tensor, float, [1, len(tokens), taps * hidden]
-            Of the token before each.
-        """
-        size, lens = len(draft.tokens), self._tensor([self.length])
-        tree = build_tree(
-            self._tensor([draft.tokens]),
-            self._tensor([draft.parents]),
-            lens,
-            spec_steps=SPEC_STEPS,
-            tree_mask_mode=TreeMaskMode.QLEN_ONLY,
-        )
-        slots = self._slots[:, : self.length + size]
-        logits, features = self.llama.forward_features(
-            self._kv,
-            tree.draft_tokens,
-            lens,
-            slots,
-            positions=tree.positions.unsqueeze(0),
-            tree_mask=tree.tree_mask,
-            taps=self.taps,
-        )
-        verified = verify_greedy(tree, logits)
-        committed = commit(tree, verified, lens, slots[:, self.length :])
-        assert committed.kv_src is not None
-        assert committed.kv_dst is not None
-        held = self._kv.index_select(1, committed.kv_src[0])
-        self._kv.index_copy_(1, committed.kv_dst[0], held)
-        tokens = [token for token in committed.accept_tokens[0].tolist() if token >= 0]
-        self.length += len(tokens)
-        path = verified.accept_index[0, : len(tokens)].long()
-        return tokens, features[:, path]
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, device=self.llama.device)
-
-
-def decode_plain(llama: Llama, prompt: Sequence[int], longest: int) -> Decoded:
-    """Return the target's own greedy answer."""
-    text = Text(llama, len(prompt) + longest, ())
-    token, _ = text.append(prompt)
-    tokens, began = [token], time.perf_counter()
-    while len(tokens) < longest and tokens[-1] != _END:
-        tokens.append(text.append(tokens[-1:])[0])
-    return Decoded(tokens, len(tokens) - 1, time.perf_counter() - began, 0.0)
-
-
-def decode(
-    llama: Llama, head: EagleHead, propose: Propose, prompt: Sequence[int], longest: int
-) -> Decoded:
-    """Return the greedy answer, drafted by the head."""
-    capacity = len(prompt) + longest + SIZE + SPEC_STEPS * TOPK
-    text, drafter = Text(llama, capacity, head.shape.taps), Drafter(head, capacity)
-    token, features = text.append(prompt)
-    tokens, rounds, drafting = [token], 0, 0.0
-    new = [*prompt[1:], token]
-    began = time.perf_counter()
-    while len(tokens) < longest and tokens[-1] != _END:
-        started = time.perf_counter()
-        drafter.extend(torch.tensor([new], device=llama.device), features)
-        draft = propose(drafter, tokens[-1])
-        drafting += time.perf_counter() - started
-        new, features = text.verify(draft)
-        tokens, rounds = tokens + new, rounds + 1
-    spent = time.perf_counter() - began
-    if _END in tokens:
-        tokens = tokens[: tokens.index(_END) + 1]
-    return Decoded(tokens[:longest], rounds, spent, drafting)
-
-
-def accept_length(answers: Sequence[Decoded]) -> float:
+def accept_length(answers: Sequence[Answer]) -> float:
     """Return the tokens that a round brought, the target's own included.
 
     The first token is none of it: it came with the prompt.
     """
-    return sum(len(one.tokens) - 1 for one in answers) / max(1, sum(one.rounds for one in answers))
+    rounds = sum(len(one.accepted) for one in answers)
+    return sum(len(one.tokens) - 1 for one in answers) / max(1, rounds)
 
 
-def interval(answers: Sequence[Decoded], draws: int = 2000) -> tuple[float, float]:
+def interval(answers: Sequence[Answer], draws: int = 2000) -> tuple[float, float]:
     """Return the 95 % interval of the accept length, from resampled prompts."""
     chance = random.Random(0)
     found = sorted(accept_length(chance.choices(answers, k=len(answers))) for _ in range(draws))
@@ -166,24 +54,30 @@ class Result(NamedTuple):
     """A prompt's answers, by way of decoding."""
 
     asked: prompts.Asked
-    plain: Decoded
-    drafted: dict[str, Decoded]
+    plain: Answer
+    drafted: dict[str, Answer]
 
 
 def run(
-    llama: Llama,
+    model: Model,
     head: EagleHead,
     encode: Callable[[str], list[int]],
     asked: Sequence[prompts.Asked],
     longest: int,
-    plain: dict[str, Decoded],
+    plain: dict[str, Answer],
 ) -> Iterator[Result]:
     """Yield each prompt's answers; the plain ones are kept in ``plain`` and made once."""
+    drafters = {}
+    for way, (topk, size) in WAYS.items():
+        runner = EagleDrafter(head, 1 + model.slots.shape[1], topk, SPEC_STEPS)
+        drafters[way] = Eagle(runner, model, (1, size))
     for one in asked:
         ids = encode(as_chat(one.text))
         if one.text not in plain:
-            plain[one.text] = decode_plain(llama, ids, longest)
-        drafted = {way: decode(llama, head, propose, ids, longest) for way, propose in WAYS.items()}
+            plain[one.text] = decode(model, ids, longest, end=_END)
+        drafted = {
+            way: decode(model, ids, longest, drafter, end=_END) for way, drafter in drafters.items()
+        }
         yield Result(one, plain[one.text], drafted)
 
 
@@ -214,12 +108,12 @@ def report(results: Sequence[Result]) -> list[dict[str, object]]:
     return lines
 
 
-def _speed(answers: Sequence[Decoded]) -> float:
-    return sum(len(one.tokens) - 1 for one in answers) / max(1e-9, sum(a.seconds for a in answers))
+def _speed(answers: Sequence[Answer]) -> float:
+    return sum(len(one.tokens) - 1 for one in answers) / max(1e-9, sum(a.decode_s for a in answers))
 
 
-def _share(answers: Sequence[Decoded]) -> float:
-    return sum(one.drafting for one in answers) / max(1e-9, sum(one.seconds for one in answers))
+def _share(answers: Sequence[Answer]) -> float:
+    return sum(one.draft_s for one in answers) / max(1e-9, sum(one.decode_s for one in answers))
 
 
 @click.command()
@@ -236,14 +130,13 @@ def main(folders: tuple[Path, ...], tokens: int, every: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     config, state, tokenizer = target.load(click.echo)
     device = hwcore.current_backend().device()
-    llama = Llama(config, state, device, 1024)
-    embedding = state["model.embed_tokens.weight"].to(device)
+    llama = Llama(config, state, device, _CAPACITY)
     asked = prompts.held_out()[::every]
-    plain: dict[str, Decoded] = {}
+    plain: dict[str, Answer] = {}
     for folder in folders:
-        head = EagleHead.load(folder, embedding, 1024)
-        with torch.inference_mode():
-            results = list(run(llama, head, tokenizer.encode, asked, tokens, plain))
+        head = EagleHead.load(folder, llama.embedding, _CAPACITY)
+        model = Model(llama, _CAPACITY, taps=head.shape.taps)
+        results = list(run(model, head, tokenizer.encode, asked, tokens, plain))
         with (out / "evaluation.jsonl").open("a") as file:
             for line in report(results):
                 text = json.dumps({"head": folder.name, "tokens": tokens} | line)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from examples.eagle_head import passive  # noqa: F401 - takes effect by being imported
+
+# isort: split
+
 import itertools
 import time
 from typing import TYPE_CHECKING, Any

@@ -23,7 +23,7 @@ class Answer:
     Attributes
     ----------
     tokens : list of int
-        Exactly as many as were asked for; the end-of-text token does not stop the run.
+        As many as were asked for, or up to the token that was to end it.
     prefill_s, decode_s : float
         Seconds up to the first token, and from there to the end of the last step, which with
         drafts may give more tokens than are kept. What a drafter makes of the prompt is in the
@@ -32,6 +32,8 @@ class Answer:
         Tree size of each step after the prefill, and tokens that it emitted, bonus included.
     longest : (Proposal, Emitted) or None
         The tree whose accepted path was the longest.
+    draft_s : float
+        Seconds of ``decode_s`` that went into drafting.
     """
 
     tokens: list[int]
@@ -40,6 +42,7 @@ class Answer:
     sizes: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     longest: tuple[Proposal, Emitted] | None = None
+    draft_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -58,6 +61,7 @@ def decode(
     count: int,
     drafter: Drafter | None = None,
     sampling: Sampling = GREEDY,
+    end: int | None = None,
 ) -> Answer:
     """Decode ``count`` tokens.
 
@@ -72,6 +76,8 @@ def decode(
     drafter : Drafter, optional
         Default: decode plainly.
     sampling : Sampling
+    end : int, optional
+        A token that ends the run; it is kept. Default: none does.
     """
     model.length = 0
     with torch.inference_mode():
@@ -82,8 +88,10 @@ def decode(
         if drafter is not None:
             drafter.begin(prompt, emitted)
         answer = Answer(tokens, prefill_s=began - start)
-        while len(tokens) < count:
+        while len(tokens) < count and end not in emitted.tokens:
+            drafting = time.perf_counter()
             proposal = None if drafter is None else drafter.draft()
+            answer.draft_s += time.perf_counter() - drafting
             if proposal is None:
                 emitted = plain_step(model, tokens[-1:], sampling)
             else:
@@ -100,4 +108,6 @@ def decode(
             answer.accepted.append(len(emitted.tokens))
         answer.decode_s = time.perf_counter() - began
     del tokens[count:]
+    if end in tokens:
+        del tokens[tokens.index(end) + 1 :]
     return answer

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
     from examples.serving.compare import Outcome
 
+_WAYS = {
+    "lookup": "; *lookup*: what followed earlier matches of the text's end, merged into a tree",
+    "EAGLE chain": "; *EAGLE chain*: a trained head runs ahead of the model",
+    "EAGLE tree": "; *EAGLE tree*: the same, with branches",
+}
 PAYS = 1.05  # below this ratio the gain is not worth a word
 
 
@@ -62,10 +67,8 @@ SmolLM2-135M-Instruct, fp32, one request at a time, on the backend \
 run. {len(plain)} interleaved round(s) greedily, {len(sampled[0].runs[PLAIN])} at temperature \
 {sampled[0].temperature}; medians.
 
-Ways: *plain*; *lookup*: what followed earlier matches of the text's end, merged into a tree; \
-*EAGLE chain* and *EAGLE tree*: a trained head runs ahead of the model \
-([its card](../examples/eagle_head/README.md)). Each chooses its trees' size by what they cost \
-here and what was accepted so far; size 1 is a plain step.
+Ways: *plain*{"".join(_WAYS[way] for way in greedy[0].drafted)}. Each chooses its trees' size by \
+what they cost here and what was accepted so far; size 1 is a plain step.
 
 **Greedy tokens identical to plain decoding: {_identical(greedy)}.** Sampled tokens are not the \
 same tokens: they are distributed as plain sampling's, which `tests/examples` tests.

@@ -132,6 +132,17 @@ def test_tokens_drafted_by_a_head_are_the_plain_ones(topk, size, head, tiny):
     assert max(steps) > 1, "nothing was ever accepted: the test shows nothing"
 
 
+def test_an_answer_ends_with_the_token_that_ends_it(head, tiny):
+    prompt = next(prompts(1))
+    whole = decode(tiny, prompt, 60).tokens
+    end = whole[20]
+    expected = whole[: whole.index(end) + 1]
+    assert decode(tiny, prompt, 60, end=end).tokens == expected
+    answer = decode(tiny, prompt, 60, eagle(head, tiny, 4, (1, 16)), end=end)
+    assert answer.tokens == expected
+    assert 0 < answer.draft_s < answer.decode_s
+
+
 def test_a_head_catches_up_after_plain_steps(head, tiny):
     """Whatever the sizer does in between, the head drafts as if it had drafted all along."""
     prompt = next(prompts(1))

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from examples.eagle_head import layout, network, rows
-from examples.eagle_head.drafter import Drafter
 from examples.eagle_head.head import EagleHead
 from examples.eagle_head.layout import Shape
+from examples.serving.eagle import EagleDrafter
 
 SHAPE = Shape(
     hidden=24,
@@ -205,11 +205,14 @@ def _text():
     return torch.randint(SHAPE.vocab, (1, 5)), torch.randn(1, 5, 3 * SHAPE.hidden)
 
 
-@pytest.fixture(name="drafter")
-def _drafter(head, text):
-    drafter = Drafter(head, capacity=40)
-    drafter.extend(*text)
-    return drafter
+def drafted(head, text, topk, size):
+    """Tokens and parents that are drafted after a text whose root is token 7, on the library."""
+    tokens, features = text
+    drafter = EagleDrafter(head, 60, topk, spec_steps=4)
+    slots = torch.arange(1, 60).unsqueeze(0)
+    seed = drafter.extend(tokens, features, torch.tensor([0]), slots, torch.tensor([5]))
+    nodes, parents, _ = drafter.draft(seed, torch.tensor([7]), torch.tensor([5]), slots, size)
+    return nodes[0].tolist(), parents[0].tolist()
 
 
 def follow(head, text, path):
@@ -225,7 +228,7 @@ def follow(head, text, path):
     return logits[0, -1].log_softmax(-1)
 
 
-def test_a_tree_is_the_likeliest_paths_of_a_beam(head, text, drafter):
+def test_a_tree_is_the_likeliest_paths_of_a_beam(hw, head, text):
     scored, beam = {}, {(): 0.0}
     for _ in range(4):
         grown = {}
@@ -238,36 +241,30 @@ def test_a_tree_is_the_likeliest_paths_of_a_beam(head, text, drafter):
         beam = dict(sorted(grown.items(), key=lambda one: -one[1])[:3])
     expected = sorted(scored, key=lambda path: -scored[path])[:11]
 
-    draft = drafter.tree(7, 4, topk=3, size=12)
+    tokens, parents = drafted(head, text, topk=3, size=12)
     paths = [()]
-    for token, parent in zip(draft.tokens[1:], draft.parents[1:], strict=True):
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
         paths.append((*paths[parent], token))
 
-    assert draft.tokens[0] == 7
+    assert tokens[0] == 7
     assert sorted(paths[1:]) == sorted(expected)
 
 
-def test_the_likeliest_path_of_a_tree_begins_as_the_chain(drafter):
-    chain, tree = drafter.chain(7, 4), drafter.tree(7, 4, topk=4, size=16)
+def test_a_chain_is_the_likeliest_token_after_the_likeliest(hw, head, text):
+    expected = []
+    for _ in range(4):
+        expected.append(int(head.draft_ids[follow(head, text, expected).argmax()]))
 
-    assert chain.tokens[0] == tree.tokens[0] == 7
-    assert tree.tokens[1] == chain.tokens[1]
-    assert len(tree.tokens) == len(tree.parents) == 16
-
-
-def test_a_trees_parents_come_before_their_children(drafter):
-    parents = drafter.tree(7, 4, topk=4, size=16).parents
-
-    assert parents[0] == -1
-    assert all(0 <= parent < node for node, parent in enumerate(parents[1:], start=1))
+    assert drafted(head, text, topk=1, size=5) == ([7, *expected], [-1, 0, 1, 2, 3])
 
 
-def test_a_tree_as_narrow_as_a_chain_is_the_chain(drafter):
-    assert drafter.tree(7, 4, topk=1, size=5) == drafter.chain(7, 4)
+def test_drafting_leaves_no_trace_in_the_text(hw, head, text):
+    tokens, features = text
+    drafter, slots = EagleDrafter(head, 60, 4, spec_steps=4), torch.arange(1, 60).unsqueeze(0)
+    lens, root = torch.tensor([5]), torch.tensor([7])
+    seed = drafter.extend(tokens, features, torch.tensor([0]), slots, lens)
+    before = drafter.draft(seed, root, lens, slots, 5)
+    drafter.draft(seed, root, lens, slots, 16)
+    again = drafter.draft(seed, root, lens, slots, 5)
 
-
-def test_drafting_leaves_no_trace_in_the_text(drafter):
-    before = drafter.chain(7, 4)
-    drafter.tree(7, 4, topk=4, size=16)
-
-    assert drafter.chain(7, 4) == before
+    assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
