@@ -137,7 +137,9 @@ def test_an_answer_ends_with_the_token_that_ends_it(head, tiny):
     whole = decode(tiny, prompt, 60).tokens
     end = whole[20]
     expected = whole[: whole.index(end) + 1]
-    assert decode(tiny, prompt, 60, end=end).tokens == expected
+    plain = decode(tiny, prompt, 60, end=end)
+    assert plain.tokens == expected
+    assert len(plain.accepted) == len(expected) - 1  # and no step more
     answer = decode(tiny, prompt, 60, eagle(head, tiny, 4, (1, 16)), end=end)
     assert answer.tokens == expected
     assert 0 < answer.draft_s < answer.decode_s

@@ -228,8 +228,12 @@ def follow(head, text, path):
     return logits[0, -1].log_softmax(-1)
 
 
-def test_a_tree_is_the_likeliest_paths_of_a_beam(hw, head, text):
-    scored, beam = {}, {(): 0.0}
+def test_a_tree_is_the_likeliest_paths_of_a_beam(hw, weights, draft_ids, embedding, text):
+    # Flat enough that paths of several parents stay in the beam, and change their order there; and
+    # nearly all candidates are kept, so that the last steps' are too.
+    flat = weights | {"lm_head.weight": weights["lm_head.weight"] * 0.1}
+    head = EagleHead(SHAPE, flat, draft_ids, embedding, max_context=64)
+    scored, beam, origins = {}, {(): 0.0}, set()
     for _ in range(4):
         grown = {}
         for path, score in beam.items():
@@ -238,10 +242,13 @@ def test_a_tree_is_the_likeliest_paths_of_a_beam(hw, head, text):
             for token, more in zip(tokens, scores.tolist(), strict=True):
                 grown[(*path, token)] = score + more
         scored |= grown
+        before = list(beam)
         beam = dict(sorted(grown.items(), key=lambda one: -one[1])[:3])
-    expected = sorted(scored, key=lambda path: -scored[path])[:11]
+        origins.add(tuple(before.index(path[:-1]) for path in beam))
+    assert any(len(set(origin)) > 1 and list(origin) != sorted(origin) for origin in origins)
+    expected = sorted(scored, key=lambda path: -scored[path])[:26]
 
-    tokens, parents = drafted(head, text, topk=3, size=12)
+    tokens, parents = drafted(head, text, topk=3, size=27)
     paths = [()]
     for token, parent in zip(tokens[1:], parents[1:], strict=True):
         paths.append((*paths[parent], token))
