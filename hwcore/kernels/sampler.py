@@ -23,9 +23,8 @@ PART = 2**18
 """Logits that a CPU works on at a time, 1 MiB of float32: they stay in its cache from one pass to
 the next."""
 
-_KEPT = (
-    8 * PART
-)  # weights kept until the walk's decisions have been taken, by many requests at once
+# Weights that are kept until a level has been decided, by many requests at once.
+_KEPT = 8 * PART
 _NOBODY = -2  # parent of a node that is never accepted
 
 

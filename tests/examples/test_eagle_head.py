@@ -232,6 +232,7 @@ def test_a_tree_is_the_likeliest_paths_of_a_beam(hw, weights, draft_ids, embeddi
     # Flat enough that paths of several parents stay in the beam, and change their order there; and
     # nearly all candidates are kept, so that the last steps' are too.
     flat = weights | {"lm_head.weight": weights["lm_head.weight"] * 0.1}
+    flat["midlayer.self_attn.o_proj.weight"] = weights["midlayer.self_attn.o_proj.weight"] * 8
     head = EagleHead(SHAPE, flat, draft_ids, embedding, max_context=64)
     scored, beam, origins = {}, {(): 0.0}, []
     for _ in range(4):
