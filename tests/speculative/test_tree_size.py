@@ -187,6 +187,7 @@ BAD = [
     (lambda: TreeSizer({1: float("nan")}), ArgumentValueError, r"costs\[1\] got nan"),
     (lambda: TreeSizer({1: 1.0, 2.5: 1.0}), ArgumentTypeError, "a tree size got 2.5"),
     (lambda: TreeSizer({1: 1.0}, memory=0.0), ArgumentValueError, "memory got 0.0"),
+    (lambda: TreeSizer({1: 1.0}, prior_weight=0.0), ArgumentValueError, "prior_weight got 0.0"),
     (lambda: TreeSizer({1: 1.0}, margin=0.9), ArgumentValueError, "margin got 0.9"),
     (lambda: TreeSizer({1: 1.0}, prior=1.5), ArgumentValueError, "prior got 1.5"),
     (lambda: TreeSizer({1: 1.0}, probe_share=1.0), ArgumentValueError, "probe_share got 1.0"),
