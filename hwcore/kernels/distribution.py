@@ -19,6 +19,7 @@ from hwcore.kernels.vocabulary import BLOCK, block_of, blocked, lowest_argmax
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwcore.kernels.thresholds import Filters
     from hwcore.kernels.torch_ops import TorchOps
 
 __all__ = [
@@ -75,7 +76,7 @@ def probabilities(
     none. Host sync: no. Graph-safe: yes.
     """
     divisors = divisors_of(temperatures)
-    found, total = weights(rows, divisors, top_ks, top_ps, min_ps, ops)
+    found, total = weights(rows, divisors, (top_ks, top_ps, min_ps), ops)
     valid = are_valid(found)
     if total is not None:
         found /= total
@@ -108,9 +109,7 @@ def are_valid(weights: Tensor) -> Tensor:
 def weights(
     rows: Tensor,
     divisors: Tensor,
-    top_ks: Tensor | None,
-    top_ps: Tensor | None,
-    min_ps: Tensor | None,
+    filters: Filters,
     ops: TorchOps,
     scratch: Tensor | None = None,
     out: Tensor | None = None,
@@ -121,6 +120,8 @@ def weights(
     ----------
     divisors : Tensor, float32, [k, 1], device
         From :func:`divisors_of`.
+    filters : tuple
+        ``top_ks``, ``top_ps`` and ``min_ps``, each of which may be None.
     scratch, out : Tensor, float32, [k, V], device, optional
         Memory to work in, and for the weights: allocating it anew costs more than filling it.
 
@@ -133,9 +134,9 @@ def weights(
     """
     scaled = torch.div(rows.to(torch.float32), divisors, out=scratch)
     found = ops.softmax(scaled, -1, out=out)
-    if top_ks is None and top_ps is None and min_ps is None:
+    if all(each is None for each in filters):
         return found, None
-    least, cut = thresholds(scaled, found, are_valid(found), top_ks, top_ps, min_ps, ops)
+    least, cut = thresholds(scaled, found, are_valid(found), filters, ops)
     # As numbers, which multiply faster than truth values.
     found *= torch.ge(scaled, least, out=scaled)
     total = ops.sum(blocked(ops.sum, found), -1, keepdim=True)
@@ -169,7 +170,7 @@ def draw(weights: Tensor, coins: Tensor, ops: TorchOps = TORCH) -> Tensor:
 
 def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tensor, Tensor]:
     """Return what :func:`draw` does, and the sum of each row, float32 ``[k]``."""
-    vocab, device = weights.shape[1], weights.device
+    vocab = weights.shape[1]
     sums = blocked(ops.sum, weights)  # [k, blocks]
     reached = ops.cumsum(sums, -1)
     total = reached[:, -1:]
@@ -191,7 +192,7 @@ def _first_beyond(reached: Tensor, steps: Tensor, aim: Tensor, ops: TorchOps) ->
     """
     length = steps.shape[1]
     if reads_are_free(steps):  # where running sums do grow steadily
-        found = ops.searchsorted(reached, aim, right=True)
+        found: Tensor = ops.searchsorted(reached, aim, right=True)
         if bool((found < length).all()):
             return found
     place = torch.arange(length, device=steps.device)

@@ -14,6 +14,7 @@ from hwcore.kernels.walk import Step, cuts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hwcore.kernels.thresholds import Filters
     from hwcore.kernels.walk import Level, Rows, Tree
 
 __all__ = ["PART", "Sampler"]
@@ -36,7 +37,7 @@ class Sampler:
         tree: Tree,
         rows: Rows,
         temperatures: Tensor,
-        filters: tuple[Tensor | None, Tensor | None, Tensor | None],
+        filters: Filters,
         coins: Tensor,
         final_coins: Tensor,
         thresholds: tuple[float, float],
@@ -97,20 +98,19 @@ class Sampler:
         """
         ops, read = self._tree.ops, self._rows.of(level)
         divisors = level.of_requests(self._divisors)
-        filters = [None if each is None else level.of_requests(each) for each in self._filters]
+        ks, ps, floors = (None if f is None else level.of_requests(f) for f in self._filters)
         found, totals = self._weights, []
         for cut in cuts(len(level.requests), self._at_once):
             rows = read(cut)
             scratch = None if self._scratch is None else self._scratch[: len(rows)]
             out = None if found is None else found[cut]
-            asked = (None if each is None else each[cut] for each in filters)
-            part, total = weights(rows, divisors[cut], *asked, ops, scratch, out)
-            totals.append(total)
+            filters = _cut(ks, cut), _cut(ps, cut), _cut(floors, cut)
+            part, total = weights(rows, divisors[cut], filters, ops, scratch, out)
+            if total is not None:
+                totals.append(total)
         highest = None if self.greedy is None else lowest_argmax(rows, ops)  # of all: one part
         found = part if found is None else found[: len(level.requests)]
-        if totals[0] is None:
-            return found, None, highest
-        return found, totals[0] if len(totals) == 1 else torch.cat(totals), highest
+        return found, torch.cat(totals) if totals else None, highest
 
     def _offer(
         self,
@@ -123,7 +123,7 @@ class Sampler:
         """Return the weight of each child ``[k, N]``, and the child that is accepted ``[k]``."""
         tree, ops = self._tree, self._tree.ops
         is_child = level.of_requests(self._parents) == level.nodes.unsqueeze(1)
-        if level.may_go_on is not True:
+        if isinstance(level.may_go_on, torch.Tensor):
             is_child &= level.may_go_on.unsqueeze(1)
         mass = torch.where(is_child, ops.gather(found, 1, offered), 0.0)
         chance = mass if total is None else mass / total
@@ -152,6 +152,10 @@ class Sampler:
             final = ops.gather(offered, 1, final).squeeze(1)
             tokens = torch.where(left > 0, tokens, final)
         return torch.where(valid, tokens, -1)
+
+
+def _cut(values: Tensor | None, cut: slice) -> Tensor | None:
+    return None if values is None else values[cut]
 
 
 def _without_repeats(parents: Tensor, tree: Tree, vocab: int) -> Tensor:

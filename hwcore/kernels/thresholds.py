@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from hwcore.kernels.torch_ops import TorchOps
 
-__all__ = ["reads_are_free", "thresholds"]
+    Filters: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+__all__ = ["Filters", "reads_are_free", "thresholds"]
 
 _WHOLE = 2**40  # the mass 1 in fixed point; sums of a vocabulary stay below 2^63
 _ROUNDS = 32  # bits of a float32
@@ -32,9 +34,7 @@ def thresholds(
     logits: Tensor,
     masses: Tensor,
     valid: Tensor,
-    top_ks: Tensor | None,
-    top_ps: Tensor | None,
-    min_ps: Tensor | None,
+    filters: Filters,
     ops: TorchOps,
 ) -> tuple[Tensor, Tensor]:
     """Return the least logit to keep, float32 ``[k, 1]``, and whether a row is cut at all.
@@ -47,8 +47,8 @@ def thresholds(
         Their softmax.
     valid : Tensor, bool, [k]
         Rows whose result matters.
-    top_ks, top_ps, min_ps
-        As in ``probabilities``.
+    filters : tuple
+        ``top_ks``, ``top_ps`` and ``min_ps`` as in ``probabilities``, each of which may be None.
 
     Notes
     -----
@@ -56,7 +56,7 @@ def thresholds(
     the mass p: both are the highest threshold that suffices, whatever way it is found. Counts and
     masses are integers, so two ways find the same.
     """
-    rows, vocab = logits.shape
+    (top_ks, top_ps, min_ps), (rows, vocab) = filters, logits.shape
     least = logits.new_full((rows, 1), float("-inf"))
     cut = torch.zeros(rows, 1, dtype=torch.bool, device=logits.device)
     if top_ks is not None or top_ps is not None:
@@ -70,7 +70,8 @@ def thresholds(
                 found = _from_the_top(logits[asked], masses[asked], ks[asked], ps[asked], ops)
                 least[asked] = found
         else:
-            least = torch.where(cut, _bisected(logits, masses, ks, ps, ops), least)
+            used = top_ks is not None, top_ps is not None
+            least = torch.where(cut, _bisected(logits, masses, ks, ps, ops, *used), least)
     if min_ps is not None:
         highest = ops.amax(blocked(ops.amax, logits), -1, keepdim=True)
         floor = highest + min_ps.unsqueeze(1).log()
@@ -95,7 +96,7 @@ def _from_the_top(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: T
     open_rows = torch.arange(len(logits))
     limited = ks < vocab
     looked_at = max(_FIRST, int(torch.where(limited, ks, 0).max()) + 1)
-    while len(open_rows) and (looked_at < vocab // 8 or vocab <= 8 * _FIRST):
+    while len(open_rows):
         looked_at = min(looked_at, vocab)
         values, tokens = ops.topk(logits, looked_at)
         sums = ops.cumsum(_fixed(ops.gather(masses, 1, tokens)), 1)
@@ -110,35 +111,42 @@ def _from_the_top(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: T
         enough = enough.squeeze(1) | (looked_at == vocab)
         least[open_rows[enough]] = torch.maximum(kth, pth)[enough]
         more = ~enough
-        if not bool(more.any()):
-            return least
         open_rows, logits, masses = open_rows[more], logits[more], masses[more]
         ks, ps, limited = ks[more], ps[more], limited[more]
         looked_at *= 8
-    if len(open_rows):
-        least[open_rows] = _bisected(logits, masses, ks, ps, ops)
     return least
 
 
-def _bisected(logits: Tensor, masses: Tensor, ks: Tensor, ps: Tensor, ops: TorchOps) -> Tensor:
+def _bisected(
+    logits: Tensor,
+    masses: Tensor,
+    ks: Tensor,
+    ps: Tensor,
+    ops: TorchOps,
+    by_count: bool,
+    by_mass: bool,
+) -> Tensor:
     """Halve the range of float32 until one value is left, in a fixed number of rounds."""
     limited = ks < logits.shape[1]
+    least = torch.full_like(ps, float("-inf"))
 
-    def members(least: Tensor) -> Tensor:
-        count: Tensor = ops.sum(logits >= least, 1, keepdim=True)
+    def members(value: Tensor) -> Tensor:
+        count: Tensor = ops.sum(logits >= value, 1, keepdim=True)
         return count
 
-    kth = _highest(lambda least: members(least) >= ks, ks)
-    kth = torch.where(limited, kth, float("-inf"))
+    if by_count:
+        least = torch.where(limited, _highest(lambda value: members(value) >= ks, ks), least)
+    if not by_mass:
+        return least
     units = _fixed(masses)
 
-    def mass(least: Tensor) -> Tensor:
-        total: Tensor = ops.sum(torch.where(logits >= least, units, 0), 1, keepdim=True)
+    def mass(value: Tensor) -> Tensor:
+        total: Tensor = ops.sum(torch.where(logits >= value, units, 0), 1, keepdim=True)
         return total
 
-    target = _target(ps, torch.where(limited, mass(kth), _WHOLE))
-    pth = _highest(lambda least: mass(least) >= target, ks)
-    return torch.maximum(kth, torch.where(ps < 1, pth, float("-inf")))
+    target = _target(ps, torch.where(limited, mass(least), _WHOLE))
+    found = _highest(lambda value: mass(value) >= target, ks)
+    return torch.maximum(least, torch.where(ps < 1, found, float("-inf")))
 
 
 _INFINITY = 0x7F800000  # the bits of +inf

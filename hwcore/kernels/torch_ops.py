@@ -47,8 +47,6 @@ KERNEL_MARK = "hwcore_kernel"
 OPERATORS = (
     "amax",
     "amin",
-    "any",
-    "argmax",
     "cumsum",
     "gather",
     "index_copy_",
@@ -94,8 +92,6 @@ class TorchOps:
 
     amax: Op
     amin: Op
-    any: Op
-    argmax: Op
     cumsum: Op
     gather: Op
     index_copy_: Op

@@ -23,6 +23,8 @@ from hwcore.kernels.vocabulary import lowest_argmax
 from hwcore.kernels.walk import Outputs, Rows, Step, Tree, cuts, walk_all, walk_the_living
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from hwcore.kernels.torch_ops import TorchOps
@@ -78,15 +80,12 @@ def verify_tree_greedy(
     """
     tree = Tree(draft_tokens, parents, spec_steps, ops)
     living = reads_are_free(target)
-    if target.is_floating_point():
-        vocab = target.shape[2]
+    vocab = target.shape[2] if target.is_floating_point() else 0  # 0: every token is valid
+    choose: Callable[[Level], Step]
+    if vocab:
         choose = functools.partial(_by_highest, rows=Rows(target, ops), living=living)
     else:
-        vocab = 0  # every token is valid
-
-        def choose(level: Level) -> Step:
-            return _by_token(level, level.at_nodes(target))
-
+        choose = functools.partial(_by_given, target=target)
     if not living:
         return walk_all(tree, vocab, choose)
     outputs = Outputs(tree, vocab)
@@ -180,6 +179,10 @@ def _by_token(level: Level, tokens: Tensor) -> Step:
     agrees = level.of_requests(tree.parents) == level.nodes.unsqueeze(1)
     agrees &= level.of_requests(tree.draft_tokens) == tokens.unsqueeze(1)
     return Step(tokens, tree.first_child(agrees))
+
+
+def _by_given(level: Level, target: Tensor) -> Step:
+    return _by_token(level, level.at_nodes(target))
 
 
 def _by_highest(level: Level, rows: Rows, living: bool) -> Step:

@@ -25,7 +25,7 @@ def blocked(reduce: Callable[..., Any], rows: Tensor) -> Tensor:
     whole = vocab // BLOCK * BLOCK
     parts = []
     if whole:
-        parts.append(reduce(rows[:, :whole].unflatten(1, (-1, BLOCK)), -1))
+        parts.append(reduce(torch.unflatten(rows[:, :whole], 1, (-1, BLOCK)), -1))
     if whole < vocab:
         parts.append(reduce(rows[:, whole:], -1, keepdim=True))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -188,7 +188,7 @@ class Outputs:
 
     def __init__(self, tree: Tree, vocab: int) -> None:
         shape = tree.batch, tree.spec_steps + 1
-        self.vocab = vocab
+        self.vocab, self.ops = vocab, tree.ops
         self.index = torch.full(shape, -1, dtype=torch.int64)
         self.index[:, 0] = torch.arange(0, tree.batch * tree.nodes, tree.nodes)
         self.tokens = torch.zeros(shape, dtype=torch.int64)
@@ -197,8 +197,8 @@ class Outputs:
 
     def results(self) -> Verified:
         """Return the results in the order of the operations' contract."""
-        lens = (self.index >= 0).sum(1, dtype=torch.int32)
-        bonus = self.tokens.gather(1, (lens - 1).to(torch.int64).unsqueeze(1)).squeeze(1)
+        lens = self.ops.sum(self.index >= 0, 1, dtype=torch.int32)
+        bonus = self.ops.gather(self.tokens, 1, (lens - 1).to(torch.int64).unsqueeze(1)).squeeze(1)
         status = (bonus < 0).int()
         if bool(status.any()):  # within a path all are valid
             self.tokens[self.tokens < 0] = self.vocab - 1

@@ -10,6 +10,7 @@ import torch
 from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
 from hwcore.speculative.chain_rules import (
     Chain,
@@ -132,7 +133,6 @@ def verify_chain(
     backend = backend or current_backend()
     ops = torch_ops(backend)
     size = candidates.shape[1]
-    steps = size - 1
     greedy = params.temperatures == 0
     with explains_missing(backend), torch.no_grad():
         ends = None
@@ -149,15 +149,35 @@ def verify_chain(
         accepted, ratios = (by_block if block_verification else by_token)(chain, target)
         if ends is not None:
             final_coins = ops.gather(ends, 1, accepted.unsqueeze(1)).squeeze(1)
-        probs, valid = target.after(accepted)
-        if steps > 0:
-            drafted = at_nodes(draft_probs, accepted.clamp(max=steps - 1), ops)
-            beyond = leftover(probs, drafted, ratios, greedy | (accepted == steps))
-            some = ops.any(beyond > 0, 1, keepdim=True)
-            probs = torch.where(some, beyond, probs)
         assert final_coins is not None
-        bonus = torch.where(valid, draw(probs, final_coins, ops), logits.shape[2] - 1)
+        bonus, valid = _end(chain, target, accepted, ratios, final_coins)
         return _result(candidates, accepted, bonus, valid)
+
+
+def _end(
+    chain: Chain, target: TargetRows, nodes: Tensor, ratios: Tensor | None, coins: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw each request's last token ``[bs]``; say whether its logits could be sampled from."""
+    ops, steps = chain.ops, chain.drafts.shape[1]
+    bonus, valid = torch.zeros_like(nodes), torch.zeros_like(chain.greedy)
+    for requests, probs, good in target.ends(nodes):
+
+        def of(values: Tensor, requests: Tensor | None = requests) -> Tensor:
+            return values if requests is None else values.index_select(0, requests)
+
+        if steps > 0:
+            node = of(nodes)
+            drafted = at_nodes(chain.draft_probs, node.clamp(max=steps - 1), ops, requests)
+            whole = of(chain.greedy) | (node == steps)
+            beyond = leftover(probs, drafted, None if ratios is None else of(ratios), whole)
+            some = ops.amax(beyond, 1, keepdim=True) > 0
+            plain = reads_are_free(some) and bool(some.all())
+            probs = beyond if plain else torch.where(some, beyond, probs)
+        drawn = torch.where(good, draw(probs, of(coins), ops), probs.shape[1] - 1)
+        if requests is None:
+            return drawn, good
+        bonus[requests], valid[requests] = drawn, good
+    return bonus, valid
 
 
 def _processed(processor: LogitProcessor, rows: WalkedRows) -> Tensor:

@@ -13,7 +13,7 @@ from hwcore.speculative.distribution import probabilities
 from hwcore.speculative.processors import WalkedRows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -106,31 +106,40 @@ class TargetRows:
             nodes = torch.where(wanted, step, 0)
             probs, valid = self._read(self._logits[:, step], None, nodes, step)
             return [valid, *(measure(probs, _whole) for measure in measures)]
-        rows = wanted.nonzero().squeeze(1)
-        logits = self._logits[:, step].index_select(0, rows)
+        rows, logits = wanted.nonzero().squeeze(1), self._logits[:, step]
+        if len(rows) < len(wanted):
+            logits = logits.index_select(0, rows)
         probs, valid = self._read(logits, rows, torch.full_like(rows, step), step)
         self._kept[step] = rows, probs, valid
 
         def of_rows(whole: Tensor) -> Tensor:
-            return whole.index_select(0, rows)
+            return whole if len(rows) == len(whole) else whole.index_select(0, rows)
 
         parts = [valid, *(measure(probs, of_rows) for measure in measures)]
         return [part.new_zeros(len(wanted)).index_copy_(0, rows, part) for part in parts]
 
-    def after(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the row after each request's own node: probabilities [bs, V], validity [bs]."""
-        bs, size, vocabulary = self._logits.shape
+    def ends(self, nodes: Tensor) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
+        """Give the rows after each request's own node, int64 ``[bs]``, in groups of requests.
+
+        Yields
+        ------
+        requests : Tensor, int64, [k], or None
+            None: all of them.
+        probs : Tensor, float32, [k, V]
+        valid : Tensor, bool, [k]
+        """
+        size = self._logits.shape[1]
         if not self._picks:
-            return self._read(at_nodes(self._logits, nodes, self._ops), None, nodes, size - 1)
+            found = at_nodes(self._logits, nodes, self._ops)
+            yield None, *self._read(found, None, nodes, size - 1)
+            return
         self.at(size - 1, nodes == size - 1)
-        probs = torch.empty(bs, vocabulary, dtype=torch.float32)
-        valid = torch.empty(bs, dtype=torch.bool)
-        for step, (rows, kept_probs, kept_valid) in self._kept.items():
+        for step, (rows, probs, valid) in self._kept.items():
             here = (nodes.index_select(0, rows) == step).nonzero().squeeze(1)
-            rows = rows.index_select(0, here)
-            probs.index_copy_(0, rows, kept_probs.index_select(0, here))
-            valid.index_copy_(0, rows, kept_valid.index_select(0, here))
-        return probs, valid
+            if len(here) == len(nodes):
+                yield None, probs, valid
+            elif len(here):
+                yield rows[here], probs[here], valid[here]
 
     def _read(
         self, logits: Tensor, rows: Tensor | None, nodes: Tensor, deepest: int
@@ -143,9 +152,6 @@ class TargetRows:
         def of(values: Tensor) -> Tensor:
             return values if rows is None else values.index_select(0, rows)
 
-        def if_used(values: Tensor | None) -> Tensor | None:
-            return None if values is None else of(values)
-
         if self._processor is not None:
             column = torch.arange(deepest + 1, device=nodes.device)
             path = of(self._candidates)[:, : deepest + 1]
@@ -154,24 +160,26 @@ class TargetRows:
             logits = logits.to(torch.float32, copy=True)
             logits = self._processor(WalkedRows(logits, requests, path))
         params = self._params
-        return probabilities(
-            logits,
-            of(params.temperatures),
-            if_used(params.top_ks),
-            if_used(params.top_ps),
-            if_used(params.min_ps),
-            ops=self._ops,
-        )
+        filters = (params.top_ks, params.top_ps, params.min_ps)
+        ks, ps, least = (None if one is None else of(one) for one in filters)
+        return probabilities(logits, of(params.temperatures), ks, ps, least, self._ops)
 
 
-def at_nodes(values: Tensor, nodes: Tensor, ops: TorchOps) -> Tensor:
-    """Return the row at each request's own node, ``[bs, V]`` of ``[bs, n, V]``."""
+def at_nodes(
+    values: Tensor, nodes: Tensor, ops: TorchOps, requests: Tensor | None = None
+) -> Tensor:
+    """Return the rows of requests, None for all, each at a node of its own: ``[k, V]``."""
     bs, n, vocabulary = values.shape
+    if requests is None:
+        requests = torch.arange(bs, device=nodes.device)
     if values.is_contiguous():
-        first = torch.arange(bs, device=nodes.device) * n
-        rows: Tensor = ops.index_select(values.view(-1, vocabulary), 0, first + nodes)
+        at = requests * n + nodes
+        rows: Tensor = ops.index_select(values.view(-1, vocabulary), 0, at)
     else:  # whatever its strides are, nothing but these rows is copied
-        rows = ops.gather(values, 1, nodes.view(-1, 1, 1).expand(-1, 1, vocabulary)).squeeze(1)
+        if len(requests) < bs:
+            values = values.index_select(0, requests)
+        at = nodes.view(-1, 1, 1).expand(-1, 1, vocabulary)
+        rows = ops.gather(values, 1, at).squeeze(1)
     return rows
 
 
@@ -179,7 +187,7 @@ def _whole(batch: Tensor) -> Tensor:
     return batch
 
 
-def leftover(probs: Tensor, drafted: Tensor, ratios: Tensor, greedy: Tensor) -> Tensor:
+def leftover(probs: Tensor, drafted: Tensor, ratios: Tensor | None, greedy: Tensor) -> Tensor:
     """Return the target's mass beyond the draft's, ``[k, V]``: what a rejection leaves to draw.
 
     Parameters
@@ -188,24 +196,37 @@ def leftover(probs: Tensor, drafted: Tensor, ratios: Tensor, greedy: Tensor) -> 
         The target's probabilities.
     drafted : Tensor, float32, [k, V]
         The draft's; what is no probability counts as none.
-    ratios : Tensor, float32, [k]
-        Factor on the target's.
+    ratios : Tensor, float32, [k], or None
+        Factor on the target's; None: 1.
     greedy : Tensor, bool, [k]
         Requests of which nothing is taken away.
     """
-    counts = (drafted > 0) & (drafted <= 1) & ~greedy.unsqueeze(1)
-    return (ratios.unsqueeze(1) * probs - torch.where(counts, drafted, 0.0)).clamp_(min=0.0)
+    if ratios is not None:
+        probs = ratios.unsqueeze(1) * probs
+    if not reads_are_free(drafted) or not _all_count(drafted, greedy):
+        # NaN is not at most 1, and what is negative would add.
+        drafted = torch.where((drafted <= 1) & ~greedy.unsqueeze(1), drafted, 0.0).clamp_(min=0.0)
+    return (probs - drafted).clamp_(min=0.0)
 
 
-def by_token(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
+def _all_count(drafted: Tensor, greedy: Tensor) -> bool:
+    """Say whether every number is a probability or 0, which costs a fraction of making it so."""
+    if not len(drafted):
+        return True
+    # Of NaN both are NaN. By rows: over all at once torch copies what is not in one piece.
+    low, high = drafted.amin(1).amin(), drafted.amax(1).amax()
+    return bool((low >= 0) & (high <= 1) & ~greedy.any())
+
+
+def by_token(chain: Chain, target: TargetRows) -> tuple[Tensor, None]:
     """Accept each draft with probability ``min(1, p / q)``, until one is rejected.
 
     Returns
     -------
     accepted : Tensor, int64, [bs]
         Drafts accepted, which is the node where the walk ends.
-    ratios : Tensor, float32, [bs]
-        Factor on the target's probabilities there; 1.
+    ratios : None
+        There is no factor on the target's probabilities there.
 
     Notes
     -----
@@ -213,15 +234,16 @@ def by_token(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
     (2023).
     """
     bs, steps = chain.drafts.shape
-    walks = chain.drafts.new_ones(bs, dtype=torch.bool)
-    accepted = chain.drafts.new_zeros(bs)
+    device = chain.drafts.device
+    walks = torch.ones(bs, dtype=torch.bool, device=device)
+    accepted = torch.zeros(bs, dtype=torch.int64, device=device)
     for step in range(steps):
         valid, p = target.at(step, walks, chain.target_chance(step))
         q = chain.chances[:, step]
         # Strictly: a token without mass is not accepted by a coin of 0.
         walks = walks & valid & (q > 0) & (chain.coins[:, step] * q < p)
         accepted += walks
-    return accepted, chain.coins.new_ones(bs)
+    return accepted, None
 
 
 def by_block(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
@@ -233,17 +255,20 @@ def by_block(chain: Chain, target: TargetRows) -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    accepted, ratios : Tensor
-        As :func:`by_token`; the factor is the joint ratio of the accepted prefix, at most 1.
+    accepted : Tensor, int64, [bs]
+        As :func:`by_token`.
+    ratios : Tensor, float32, [bs]
+        Factor on the target's probabilities there: the joint ratio of what is accepted, at most 1.
 
     Notes
     -----
     Source: Sun et al., "Block verification accelerates speculative decoding" (2024), algorithm 2.
     """
     bs, steps = chain.drafts.shape
-    walks = chain.drafts.new_ones(bs, dtype=torch.bool)
-    accepted = chain.drafts.new_zeros(bs)
-    ratio = ratio_there = chain.coins.new_ones(bs)
+    device = chain.drafts.device
+    walks = torch.ones(bs, dtype=torch.bool, device=device)
+    accepted = torch.zeros(bs, dtype=torch.int64, device=device)
+    ratio = ratio_there = torch.ones(bs, dtype=torch.float32, device=device)
 
     def passes(step: int, chance: Tensor) -> None:
         """Let the block end after the draft of a step, if that passes."""

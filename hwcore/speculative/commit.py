@@ -188,15 +188,15 @@ def _check(
 def _check_content(result: VerifyResult, seq_lens: Tensor, n: int) -> None:
     fix = "Pass the lengths that build_tree got"
     check_values(_WHERE, "seq_lens", seq_lens, seq_lens < 0, "at least 0", fix)
-    index = result.accept_index
-    request = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+    index = result.accept_index.cpu()
+    request = torch.arange(index.shape[0]).unsqueeze(1)
     # Column 0 is the root itself; -1 may only follow it. // rounds down, so -1 belongs to no one.
     bad = (index // n != request) & (index != -1)
     bad[:, 0] |= index[:, 0] != request[:, 0] * n
     fix = "Pass the result of verifying this very tree"
     expected = f"the request's own node ({n} a request), root first, or -1 after it"
     check_values(_WHERE, "result.accept_index", index, bad, expected, fix)
-    lens, counted = result.accept_lens, (index >= 0).sum(1)
+    lens, counted = result.accept_lens.cpu(), (index >= 0).sum(1)
     expected = "the number of nodes in its row of accept_index"
     check_values(_WHERE, "result.accept_lens", lens, lens != counted, expected, fix)
 
@@ -204,6 +204,7 @@ def _check_content(result: VerifyResult, seq_lens: Tensor, n: int) -> None:
 def _check_slots(
     seq_lens: Tensor, cache_locs: Tensor, page_size: int, pool_size: int | None
 ) -> None:
+    seq_lens, cache_locs = seq_lens.cpu(), cache_locs.cpu()
     fix = "Pass the slots that the forward wrote the tree's KV entries to"
     bad = cache_locs < 0
     check_values(_WHERE, "cache_locs", cache_locs, bad, "at least 0", fix)

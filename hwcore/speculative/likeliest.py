@@ -110,7 +110,8 @@ def _in_front(values: Tensor, topk: int, ops: TorchOps) -> tuple[Tensor, Tensor]
     known = torch.where(values.isnan(), lowest, values)
     if topk == 1:
         best = ops.amax(known, dim=-1, keepdim=True)
-        place = ops.argmax((known == best).to(torch.int8), dim=-1, keepdim=True)
+        places = torch.arange(known.shape[-1], device=known.device)
+        place = ops.amin(torch.where(known == best, places, known.shape[-1]), dim=-1, keepdim=True)
         return ops.gather(values, -1, place), place
     # The values are certain, only the places are not. Ranks count from the front of each value.
     best = ops.topk(known, topk, dim=-1).values  # [..., topk], largest first

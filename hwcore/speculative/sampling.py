@@ -148,8 +148,7 @@ class _Processed:
     def __call__(self, rows: Tensor, requests: Tensor, path_tokens: Tensor) -> Tensor:
         form = [("k", rows.shape[0]), ("vocab", rows.shape[1])]
         changed = self._processor(WalkedRows(rows, requests, path_tokens))
-        name = "what the processor returned"
-        check_tensor(_WHERE, name, changed, (torch.float32,), form, rows.device)
+        check_tensor(_WHERE, "processor(...)", changed, (torch.float32,), form, rows.device)
         return changed
 
 

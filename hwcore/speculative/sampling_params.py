@@ -191,12 +191,11 @@ def _tensor(name: str, values: Sequence[float | None], bs: int | None) -> Tensor
         raise ArgumentValueError(describe(_OF, f"len({name})", len(values), f"{bs}", fix))
     numbers = []
     for request, value in enumerate(values):
-        if value is None and name != "temperatures":
-            value = kind.everything
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        number = kind.everything if value is None and name != "temperatures" else value
+        if number is None or isinstance(number, bool) or not isinstance(number, kinds):
             what = f"{name}[{request}]"
             raise ArgumentTypeError(describe(_OF, what, value, kind.expected, kind.fix))
-        numbers.append(max(min(value, _FAR), -_FAR) if kinds == (int,) else value)
+        numbers.append(max(min(number, _FAR), -_FAR) if kinds == (int,) else number)
     column = torch.tensor(numbers, dtype=kind.dtype)
     kind.check(_OF, name, column)
     return column

@@ -186,8 +186,8 @@ def _prefix_total(seq_lens: Tensor, seq_lens_sum: int | None) -> int:
             raise ArgumentValueError(describe(_WHERE, "seq_lens_sum", None, expected, fix))
         return int(seq_lens.sum())
     check_size(_WHERE, "seq_lens_sum", seq_lens_sum, 0, "Pass sum(seq_lens) as a Python int")
-    if may_read(seq_lens) and seq_lens_sum != int(seq_lens.sum()):
-        expected = f"{int(seq_lens.sum())}, the sum of seq_lens"
+    if may_read(seq_lens) and seq_lens_sum != (total := int(seq_lens.cpu().sum())):
+        expected = f"{total}, the sum of seq_lens"
         fix = "Recompute it for this batch"
         raise ArgumentValueError(describe(_WHERE, "seq_lens_sum", seq_lens_sum, expected, fix))
     return seq_lens_sum
@@ -220,6 +220,7 @@ def _check_kinds(
 
 
 def _check_content(draft_tokens: Tensor, parents: Tensor, seq_lens: Tensor) -> None:
+    draft_tokens, parents, seq_lens = draft_tokens.cpu(), parents.cpu(), seq_lens.cpu()
     n = parents.shape[1]
     node = torch.arange(n, device=parents.device)
     fix = "Pass token ids; padding nodes too need one that the model can embed"

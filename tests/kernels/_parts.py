@@ -11,10 +11,13 @@ from hwcore.speculative import (
     DraftSteps,
     SamplingParams,
     TreeMaskMode,
+    block_positions,
     build_tree,
     commit,
     compute_spec_mrope_positions,
+    sample_drafts,
     top_k,
+    verify_chain,
     verify_greedy,
     verify_sampling,
 )
@@ -132,6 +135,42 @@ def _verify_sampling(state, backend):
     return found
 
 
+def _verify_chain(state, backend):
+    """By token and by block, with drafts sampled here; rows in one piece and not."""
+    device, found = backend.device(), {}
+    params = SamplingParams.of([0.8, 0.0], [3, None], device=device)
+    seeds, lens = torch.tensor([5, 6], device=device), torch.tensor([11, 4], device=device)
+    logits = state["logits"][:, :3]
+    for block in (False, True):
+        where = block_positions(lens, 2)
+        if not block:
+            where = lens.unsqueeze(1) + torch.tensor([1, 2], device=device)
+        chosen, probs = [state["draft_tokens"][:, 0]], []
+        for step in range(2):
+            token, distribution = sample_drafts(
+                logits[:, step] * 0.5,
+                params,
+                seeds=seeds,
+                positions=where[:, step],
+                backend=backend,
+            )
+            chosen.append(token)
+            probs.append(distribution)
+        for rows in (logits, logits.contiguous()):
+            result = verify_chain(
+                torch.stack(chosen, 1),
+                rows,
+                torch.stack(probs, 1),
+                params,
+                seeds=seeds,
+                seq_lens=lens,
+                block_verification=block,
+                backend=backend,
+            )
+            found[f"chain {block} {rows.is_contiguous()}"] = result
+    return found
+
+
 def _commit(state, backend):
     device = backend.device()
     slots = torch.arange(100, 112, device=device).view(2, 6)
@@ -155,7 +194,16 @@ def _mrope(state, backend):
     }
 
 
-STEPS = [_draft, _target, _tree_in_every_mode, _verify_greedy, _verify_sampling, _commit, _mrope]
+STEPS = [
+    _draft,
+    _target,
+    _tree_in_every_mode,
+    _verify_greedy,
+    _verify_sampling,
+    _verify_chain,
+    _commit,
+    _mrope,
+]
 
 
 def step(backend):

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from hwcore.graphs.tape import Tape
-from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
+from hwcore.speculative import (
+    SamplingParams,
+    TreeMaskMode,
+    build_tree,
+    commit,
+    verify_greedy,
+    verify_sampling,
+)
 
 
 @pytest.mark.parametrize("mode", [TreeMaskMode.QLEN_ONLY, TreeMaskMode.BITPACKED])
@@ -37,3 +44,58 @@ def test_a_captured_step_follows_its_inputs(mode, from_logits, device):
         tape.replay()
         for got, want in zip(outputs, step(*fresh), strict=True):
             assert torch.equal(got, want)
+
+
+def sampled(device, seed, vocab=600):
+    """What verify_sampling takes, of one shape."""
+    generator = torch.Generator().manual_seed(seed)
+    bs, n = 5, 9
+    earlier = [torch.randint(0, node, (bs,), generator=generator) for node in range(1, n)]
+    parents = torch.stack([torch.full((bs,), -1), *earlier], dim=1)
+    logits = torch.randn(bs, n, vocab, generator=generator) * 2
+    logits[..., :9] += 5
+    columns = (
+        torch.tensor([0.0, 1.0, 0.7, 1.3, 1.0]),
+        torch.tensor([-1, 5, -1, 100, 3]),
+        torch.tensor([1.0, 0.9, 0.5, 1.0, 1.0]),
+        torch.tensor([0.0, 0.0, 0.1, 0.0, 0.0]),
+    )
+    tokens = torch.randint(0, 9, (bs, n), generator=generator)
+    lens = torch.randint(0, 50, (bs,), generator=generator)
+    seeds = torch.randint(0, 2**40, (bs,), generator=generator)
+    return [t.to(device) for t in (tokens, parents, lens, logits, seeds, *columns)]
+
+
+def sampled_step(tokens, parents, lens, logits, seeds, *columns):
+    tree = build_tree(tokens, parents, lens, spec_steps=8, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
+    result = verify_sampling(tree, logits, SamplingParams(*columns), seeds=seeds)
+    greedy = verify_greedy(tree, logits)
+    done = commit(tree, result, lens)
+    return (done.accept_tokens, result.accept_index, result.status, greedy.predict)
+
+
+def test_captured_sampling_follows_its_inputs(device, watched):
+    static = sampled(device, 0)
+    tape = Tape()
+    outputs = tape.capture(lambda: sampled_step(*static))
+    for seed in range(1, 5):
+        fresh = sampled(device, seed)
+        for slot, value in zip(static, fresh, strict=True):
+            slot.copy_(value)
+        tape.replay()
+        for got, want in zip(outputs, sampled_step(*fresh), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_verification_waits_for_nothing(hw, device, cut, monkeypatch):
+    if hw.info.name != "sim":
+        pytest.skip("only the simulated device counts what the host waits for")
+    from hwcore_sim import device as sim
+
+    monkeypatch.setenv("HWCORE_DEBUG", "0")
+    inputs = sampled(device, 7)
+    inputs = inputs if cut else inputs[:6]
+    with sim.host_waits() as waits:
+        sampled_step(*inputs)
+    assert waits == []

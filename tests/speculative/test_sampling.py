@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -114,7 +115,7 @@ def test_the_walk_is_that_of_the_definitions(batch, rule, device):
 @each
 @given(batch=batches(), poison=st.sampled_from([None, math.nan]))
 def test_static_shapes_give_the_same_bits(batch, poison, device):
-    _, logits, params, _ = batch
+    logits = batch[1]
     if poison is not None and len(logits):
         logits[0, 0, 3] = poison
     call = verified(batch, device)
@@ -200,7 +201,7 @@ def oracle(meta, case, parents, repeats):
 @each
 @given(batch=batches(min_batch=2), poison=st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_invalid_logits_stay_in_their_request(batch, poison, device):
-    case, logits, params, _ = batch
+    case, logits, *_ = batch
     clean = verified(batch, device)()
     dirty = logits.clone()
     dirty[1, 0, slice(None) if poison == -math.inf else 7] = poison
@@ -405,6 +406,41 @@ def test_coins_at_the_edges_choose_only_what_can_be(device):
                 said = got.predict[: got.accept_lens.item()].tolist()
                 assert probs[got.bonus_tokens.item()] > 0
                 assert probs[said[0]] > 0 or got.accept_lens.item() == 2
+
+
+def test_where_rounding_leaves_nothing_the_last_child_is_the_token(device):
+    bs = 200
+    tree = tree_of([[0, 2, 0, 1]] * bs, [[-1, 0, 0, 0]] * bs, 1, device)
+    logits = torch.randn(bs, 4, 4, generator=seeded(10))
+    logits[..., 3] = -math.inf
+    params = SamplingParams.of([1.0] * bs, device=device)
+    coins = {"coins": torch.full((bs, 4), 1 - 2**-24), "final_coins": torch.full((bs,), 0.5)}
+    coins = {name: value.to(device) for name, value in coins.items()}
+    for got in (
+        verify_sampling(tree, logits.to(device), params, **coins),
+        captured(lambda: verify_sampling(tree, logits.to(device), params, **coins)),
+    ):
+        ended = got.accept_lens == 1  # the children's probabilities add up to less than 1
+        assert ended.any()
+        assert got.bonus_tokens[ended].unique().tolist() == [1]
+        assert not got.status.any()
+
+
+def test_no_more_than_spec_steps_drafts_are_accepted(device):
+    """Of a tree that is deeper; then nothing is taken from the last distribution either."""
+    tree = tree_of([[1, 1, 1, 1]] * 40, [[-1, 0, 1, 2]] * 40, 3, device)
+    shallow = dataclasses.replace(tree, spec_steps=1)
+    logits = torch.tensor([-math.inf, 0.0, 0.0]).expand(40, 4, 3).contiguous().to(device)
+    params = SamplingParams.of([1.0] * 40, device=device)
+    coins = {"coins": torch.full((40, 4), 0.1), "final_coins": torch.full((40,), 0.9)}
+    coins = {name: value.to(device) for name, value in coins.items()}
+    for got, bonus in (
+        (verify_sampling(shallow, logits, params, **coins), 2),
+        (captured(lambda: verify_sampling(shallow, logits, params, **coins)), 2),
+        (verify_greedy(shallow, logits), 1),
+    ):
+        assert got.accept_lens.tolist() == [2] * 40
+        assert got.bonus_tokens.tolist() == [bonus] * 40
 
 
 def test_a_single_node_is_plain_sampling(device):
