@@ -163,7 +163,7 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
 
 
 def check_tree(where: str, tree: object) -> None:
-    """Raise unless ``tree`` is a DraftTree whose links are those of its parents, in each request."""
+    """Raise unless ``tree`` is a DraftTree whose links, in each request, are its parents'."""
     check_instance(where, "tree", tree, DraftTree, "build_tree")
     assert isinstance(tree, DraftTree)
     parents, first, sibling = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
