@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from examples.serving.step import plain_step, tree_step
-from hwcore.speculative import measure_costs
+from hwcore.speculative import TreeSizer, measure_costs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,6 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 
 _PRIOR = 1.0  # steps' worth of belief in the draft's own chances
 _MEMORY = 0.97  # weight that an observation keeps with each later one
-# What a tree must promise over plain decoding: the best of many noisy estimates flatters itself.
-_MARGIN = 1.15
 
 
 def measure(
@@ -66,29 +63,18 @@ class Sizer:
     """
 
     def __init__(self, costs: Mapping[int, float]) -> None:
-        self.costs = dict(costs)
-        self._hits: defaultdict[tuple[int, int], float] = defaultdict(float)
-        self._trials: defaultdict[tuple[int, int], float] = defaultdict(float)
+        # No probes: drafts that were not run teach as well.
+        self._sizer = TreeSizer(costs, prior_weight=_PRIOR, memory=_MEMORY, probe_share=0.0)
         self._pending: list[tuple[Draft, int]] = []
-
-    @property
-    def largest(self) -> int:
-        """The largest size there is a cost for."""
-        return max(self.costs)
+        self.largest = max(costs)
 
     def expected(self, draft: Draft, size: int) -> float:
         """Return the tokens to expect of one step with the first ``size`` nodes of a draft."""
-        kind, tokens = _kind(draft), 1.0
-        for rank in range(1, min(size, len(draft))):
-            hits = self._hits[kind, rank] + _PRIOR * draft.chances[rank]
-            tokens += hits / (self._trials[kind, rank] + _PRIOR)
-        return tokens
+        return self._sizer.expected(size, kind=_kind(draft), chances=draft.chances)
 
     def choose(self, draft: Draft) -> int:
         """Return the size with the best expected tokens a second; 1 is plain decoding."""
-        speeds = {size: self.expected(draft, size) / self.costs[size] for size in self.costs}
-        best = max(speeds, key=speeds.__getitem__)
-        return best if speeds[best] > _MARGIN * speeds[1] else 1
+        return self._sizer.choose(kind=_kind(draft), chances=draft.chances)
 
     def watch(self, draft: Draft, place: int) -> None:
         """Remember a draft whose root is followed by the text's token number ``place``."""
@@ -101,17 +87,10 @@ class Sizer:
         for draft, place in self._pending:
             nodes, ended = draft.path(text[place:])
             if ended:
-                self._settle(draft, set(nodes))
+                self._sizer.learn(nodes, len(draft), kind=_kind(draft))
             else:
                 still.append((draft, place))
         self._pending = still
-
-    def _settle(self, draft: Draft, accepted: set[int]) -> None:
-        kind = _kind(draft)
-        for rank in range(1, len(draft)):
-            key = kind, rank
-            self._hits[key] = _MEMORY * self._hits[key] + (rank in accepted)
-            self._trials[key] = _MEMORY * self._trials[key] + 1
 
 
 def _kind(draft: Draft) -> int:

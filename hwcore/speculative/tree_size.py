@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["TreeSizer"]
 
 _WHERE = "TreeSizer"
-_PRIOR_WEIGHT = 4.0  # observations that the chance of a node before any is worth
 _LEAST_PROBE = 8  # steps between probes, however little they cost
 
 
@@ -51,6 +50,8 @@ class TreeSizer:
         size: those of the next greater batch count, as it is padded to that one's graph.
     prior : float
         Chance of a node before anything was seen: of rank ``r`` it is ``prior ** sqrt(r)``.
+    prior_weight : float
+        Observations that it, or the drafter's own chances, counts for, greater than 0.
     memory : float
         Weight that an observation keeps with each later step, in (0, 1]: what lets it follow a text
         that changes.
@@ -74,17 +75,19 @@ class TreeSizer:
         costs: Mapping[int, float] | Mapping[int, Mapping[int, float]],
         *,
         prior: float = 0.6,
+        prior_weight: float = 4.0,
         memory: float = 0.98,
         margin: float = 1.05,
         probe_share: float = 0.02,
     ) -> None:
         for name, value, low, high in (
             ("prior", prior, 0.0, 1.0),
+            ("prior_weight", prior_weight, 0.0, math.inf),
             ("memory", memory, 0.0, 1.0),
             ("margin", margin, 1.0, math.inf),
             ("probe_share", probe_share, 0.0, 1.0),
         ):
-            outside = {"memory": 0.0, "probe_share": 1.0}.get(name)
+            outside = {"prior_weight": 0.0, "memory": 0.0, "probe_share": 1.0}.get(name)
             if not low <= value <= high or value == outside:
                 expected = f"a number in [{low}, {high}]" + (
                     "" if outside is None else f", not {outside}"
@@ -96,6 +99,7 @@ class TreeSizer:
         self.size = 1
         self._memory, self._margin, self._probe_share = memory, margin, probe_share
         ranks = range(max(max(by_size) for by_size in self._by_batch.values()))
+        self._prior_weight = prior_weight
         self._prior = [prior ** math.sqrt(rank) for rank in ranks]
         self._seen: dict[Hashable, _Acceptance] = {}
         self._in_use: dict[tuple[int | None, Hashable], _InUse] = {}
@@ -177,7 +181,7 @@ class TreeSizer:
                     hits[rank] += 1.0
         if trials and most > 1:
             if kind not in self._seen:
-                self._seen[kind] = _Acceptance(len(self._prior))
+                self._seen[kind] = _Acceptance(len(self._prior), self._prior_weight)
             self._seen[kind].add(hits, trials, self._memory)
 
     def _expected(
@@ -228,9 +232,9 @@ class _InUse:
 class _Acceptance:
     """How often the node of each rank was on the path, and how often there was one."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, prior_weight: float) -> None:
         self._hits, self._trials = [0.0] * ranks, [0.0] * ranks
-        self._prior_weight = [_PRIOR_WEIGHT] * ranks
+        self._prior_weight = [prior_weight] * ranks
 
     def add(self, hits: Sequence[float], trials: int, memory: float) -> None:
         most = len(hits)

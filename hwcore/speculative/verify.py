@@ -163,12 +163,14 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
 
 
 def check_tree(where: str, tree: object) -> None:
-    """Raise unless ``tree`` is a DraftTree whose parents and links stay inside each request."""
+    """Raise unless ``tree`` is a DraftTree whose links, in each request, are its parents'."""
     check_instance(where, "tree", tree, DraftTree, "build_tree")
     assert isinstance(tree, DraftTree)
     parents, first, sibling = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
     if not may_read(parents):
         return
+    # They are read here anyway, and a device may lack what looks at them.
+    parents, first, sibling = parents.cpu(), first.cpu(), sibling.cpu()
     n = parents.shape[1]
     node = torch.arange(n, device=parents.device)
     bad = [
@@ -176,7 +178,13 @@ def check_tree(where: str, tree: object) -> None:
         (first != -1) & ((first <= node) | (first >= n)),
         (sibling != -1) & ((sibling <= node) | (sibling >= n)),
     ]
-    if not bool((bad[0] | bad[1] | bad[2]).any()):
+    # Where links lead: children of the node itself, and of its parent. -1 and strays lead nowhere.
+    of_first, of_sibling = (parents.gather(1, links.clamp(0, n - 1)) for links in (first, sibling))
+    foreign = [
+        (first != -1) & (of_first != node),
+        (sibling != -1) & ((of_sibling != parents) | (parents < 0)),
+    ]
+    if not bool((bad[0] | bad[1] | bad[2] | foreign[0] | foreign[1]).any()):
         return
     # A parent before its child and a sibling after it: no way through the tree comes back.
     below = f"-1 or a node before it, of {n} in its request"
@@ -185,3 +193,6 @@ def check_tree(where: str, tree: object) -> None:
     check_values(where, "tree.parents", parents, bad[0], below, fix)
     check_values(where, "tree.retrieve_next_token", first, bad[1], after, fix)
     check_values(where, "tree.retrieve_next_sibling", sibling, bad[2], after, fix)
+    check_values(where, "tree.retrieve_next_token", first, foreign[0], "a child of its node", fix)
+    expected = "another child of the same parent"
+    check_values(where, "tree.retrieve_next_sibling", sibling, foreign[1], expected, fix)

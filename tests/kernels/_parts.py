@@ -13,6 +13,7 @@ from hwcore.speculative import (
     TreeMaskMode,
     block_positions,
     build_tree,
+    cache_locs,
     commit,
     compute_spec_mrope_positions,
     sample_drafts,
@@ -89,7 +90,8 @@ def _draft(state, backend):
     results = steps.organize(6)
     tokens, parents = results.with_root(torch.tensor([7, 5], device=backend.device()))
     found = {"draft_tokens": tokens % 8, "parents": parents, "ranks": results.ranks}
-    return found | {"likeliest": top_k(second, 1, backend=backend)}
+    draft_ids = torch.arange(9, device=backend.device()) * 3
+    return found | {"likeliest": top_k(second, 1, draft_ids=draft_ids, backend=backend)}
 
 
 def _target(state, backend):
@@ -178,7 +180,9 @@ def _commit(state, backend):
     tree, result = state["tree QLEN_ONLY"], state["verified"]
     hidden = torch.arange(12.0, device=device).view(12, 1)
     done = commit(tree, result, lens, slots, hidden_states=hidden, backend=backend)
-    return {"committed": done}
+    table = slots.view(3, 4).to(torch.int32)
+    rows, entries = torch.tensor([2, 0], device=device), torch.tensor([1, 2], device=device)
+    return {"committed": done, "slots": cache_locs(table, rows, entries, 2, backend=backend)}
 
 
 def _mrope(state, backend):

@@ -38,4 +38,6 @@ ALSO = {
     *("num_draft_tokens", "spec_steps", "threshold_single", "threshold_acc", "timeout_s"),
     # members of an enum
     *("FULL", "QLEN_ONLY", "BITPACKED"),
+    # a variable of the environment
+    "HWCORE_CACHE",
 }

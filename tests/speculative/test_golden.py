@@ -4,6 +4,7 @@ import torch
 
 from hwcore.speculative import (
     TreeMaskMode,
+    VerifyResult,
     build_tree,
     cache_locs,
     commit,
@@ -160,3 +161,22 @@ def test_positions_on_three_axes_are_the_kernels(name, device):
             deltas, case["indices"], case[f"{layout}_positions"], starts=starts
         )
         assert torch.equal(got, case[f"{layout}_mrope"]), layout
+
+
+@pytest.mark.parametrize("name", names("treesample"))
+def test_commit_takes_sampled_paths_as_it_takes_greedy_ones(name, device):
+    """Sampling decided them there: that it does here is tested with it."""
+    meta, case = load(name, device)
+    parents = parents_of_links(case["retrieve_next_token"], case["retrieve_next_sibling"])
+    tree = tree_of(meta, case, case["candidates"], parents)
+    result = VerifyResult(
+        predict=case["predict"].to(torch.int32),
+        accept_index=case["accept_index"].to(torch.int32),
+        accept_lens=case["accept_num"].to(torch.int32) + 1,
+        bonus_tokens=case["bonus_tokens"],
+        status=torch.zeros_like(case["accept_num"], dtype=torch.int32),
+    )
+    done = commit(tree, result, case["seq_lens"])
+    assert torch.equal(done.new_seq_lens, case["new_seq_lens"])
+    last = (done.accept_lens.to(torch.int64) - 1).unsqueeze(1)
+    assert torch.equal(done.accept_tokens.gather(1, last).view(-1), case["bonus_tokens"])

@@ -1,6 +1,7 @@
 import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hwcore.speculative import TreeMaskMode, build_tree, commit, verify_greedy
 
@@ -142,3 +143,25 @@ def test_moves_bring_the_path_to_the_front(case, device):
     for b in range(case.batch):
         path = walk(case.tokens[b], case.parents[b], case.target[b], case.steps)
         assert at_once[locs[b, : len(path)]].tolist() == cache[locs[b, path]].tolist()
+
+
+@each
+@given(case=cases(), page_size=st.sampled_from([1, 2, 3, 8]))
+def test_freed_slots_are_whole_pages_that_nobody_uses(case, page_size, device):
+    """Slots of a tree from its request's length on, in pages that are each request's own."""
+    tree = built(case, device)
+    result = verify_greedy(tree, matrix(case.target, case, device))
+    lens = torch.tensor(case.lens, dtype=torch.int64)
+    entry = lens.unsqueeze(1) + torch.arange(case.nodes)
+    request = torch.arange(case.batch).unsqueeze(1)
+    pages = 100 * request + 60 - entry // page_size  # in no order of the entries
+    locs = pages * page_size + entry % page_size
+    done = commit(tree, result, lens.to(device), locs.to(device), page_size=page_size)
+    for b, keep in enumerate(done.keep_lens.tolist()):
+        path = walk(case.tokens[b], case.parents[b], case.target[b], case.steps)
+        assert len(path) <= keep <= case.nodes
+        used = {int(page) for page in pages[b, :keep]}
+        freed = {int(page) for page in pages[b, keep:]}
+        assert not used & freed
+        # As few as that allows: the last that stays shares its page with the path's end.
+        assert keep == len(path) or pages[b, keep - 1] == pages[b, len(path) - 1]

@@ -177,6 +177,13 @@ def test_what_nobody_uses_is_dropped():
         ("retrieve_next_token", (0, 1), 0, r"retrieve_next_token\[0, 1\] got 0 .*a node after it"),
         ("retrieve_next_token", (0, 1), 1, r"retrieve_next_token\[0, 1\] got 1"),
         ("retrieve_next_token", (1, 0), 3, r"retrieve_next_token\[1, 0\] got 3"),
+        (
+            "retrieve_next_token",
+            (0, 0),
+            2,
+            r"retrieve_next_token\[0, 0\] got 2 .*a child of its node",
+        ),
+        ("retrieve_next_sibling", (0, 1), 2, r"retrieve_next_sibling\[0, 1\] got 2 .*same parent"),
         ("retrieve_next_sibling", (1, 2), 1, r"retrieve_next_sibling\[1, 2\] got 1"),
         ("retrieve_next_sibling", (1, 1), -7, r"retrieve_next_sibling\[1, 1\] got -7"),
     ],

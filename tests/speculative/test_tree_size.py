@@ -169,6 +169,25 @@ def test_without_a_margin_it_is_the_best_of_all_sizes(costs, paths):
     assert speeds[sizer.choose()] == pytest.approx(max(speeds.values()))
 
 
+def test_each_batch_size_and_kind_has_a_size_in_use_of_its_own():
+    """What another promises less than the margin more than keeps the one in use where it is."""
+    costs = {1: 1.0, 4: 1.0}
+    sizer = TreeSizer({1: costs, 8: costs}, margin=1.5, probe_share=0.0)
+    much, little = [1.0, 0.9], [1.0, 0.2]
+    assert sizer.choose(1, chances=much) == 4
+    assert sizer.choose(1, chances=little) == 4  # stays
+    assert sizer.choose(8, chances=little) == 1  # was never there
+    assert sizer.choose(1, kind="other", chances=little) == 1
+
+
+def test_a_size_in_use_that_is_worse_than_no_drafts_is_left_whatever_the_margin():
+    sizer = TreeSizer({1: 1.0, 2: 1.25, 4: 1.65}, margin=1.5, probe_share=0.0)
+    assert sizer.choose(chances=[1.0, 0.9, 0.9, 0.9]) == 4
+    assert sizer.choose(chances=[1.0, 0.4, 0.2, 0.1]) == 4  # 1.03, against 1.12 with 2
+    assert sizer.choose(chances=[1.0, 0.4, 0.1, 0.1]) == 2  # 0.97
+    assert sizer.choose(chances=[1.0, 0.2]) == 1
+
+
 def test_break_even_is_the_cost_in_steps_without_drafts():
     assert TreeSizer({1: 0.02, 4: 0.03, 8: 0.05}).break_even() == pytest.approx(
         {1: 1.0, 4: 1.5, 8: 2.5}
@@ -187,6 +206,7 @@ BAD = [
     (lambda: TreeSizer({1: float("nan")}), ArgumentValueError, r"costs\[1\] got nan"),
     (lambda: TreeSizer({1: 1.0, 2.5: 1.0}), ArgumentTypeError, "a tree size got 2.5"),
     (lambda: TreeSizer({1: 1.0}, memory=0.0), ArgumentValueError, "memory got 0.0"),
+    (lambda: TreeSizer({1: 1.0}, prior_weight=0.0), ArgumentValueError, "prior_weight got 0.0"),
     (lambda: TreeSizer({1: 1.0}, margin=0.9), ArgumentValueError, "margin got 0.9"),
     (lambda: TreeSizer({1: 1.0}, prior=1.5), ArgumentValueError, "prior got 1.5"),
     (lambda: TreeSizer({1: 1.0}, probe_share=1.0), ArgumentValueError, "probe_share got 1.0"),
