@@ -43,7 +43,7 @@ class EagleHead:
         max_context: int,
     ) -> None:
         self.shape, self.device, self._embedding = shape, embedding.device, embedding
-        self.draft_ids = draft_ids.to(self.device)
+        self.dtype, self.draft_ids = embedding.dtype, draft_ids.to(self.device)
 
         def fused(*names: str) -> Tensor:
             found = torch.cat([weights[f"{name}.weight"] for name in names])

@@ -96,12 +96,13 @@ def main(
         outcomes = compare(model, texts, tokens, drafters, rounds, tick=tick)
         sampled = compare(model, texts, tokens, drafters, 1, TEMPERATURE, tick)
 
-        task = progress.add_task("Serving many at once", total=num_runs(len(asked), rounds))
+        task = progress.add_task("Serving many at once", total=num_runs(len(asked), rounds, eagle))
         requests = {prompt.name: prompts[prompt.name] for prompt in asked}
         served = serve(
             model,
             requests,
             answer,
+            head=eagle,
             end=tokenizer.eos_token_id,
             bucket=bucket,
             rounds=rounds,

@@ -60,6 +60,7 @@ class Attention:
         counts: Tensor | None = None,
         positions: Tensor | None = None,
         tree_mask: Tensor | None = None,
+        write: Tensor | None = None,
     ) -> Where:
         """Return where ``q`` new tokens of each request are, and what they see.
 
@@ -79,12 +80,15 @@ class Attention:
             Which of a request's ``newest >= q`` last entries, the ``q`` tokens at their end
             included, each token attends to, besides all entries before. Default: those up to
             itself.
+        write : Tensor, int64, [bs, q], optional
+            Slots to write to. Default: where ``slots`` has them.
         """
         bs = len(lens)
         step = torch.arange(q, device=self.device)
         entries = lens.unsqueeze(1) + step  # [bs, q]
-        # A padding token may lie beyond the table; where it is written to does not matter.
-        write = slots.gather(1, entries.clamp(max=slots.shape[1] - 1))
+        if write is None:
+            # A padding token may lie beyond the table; where it is written to does not matter.
+            write = slots.gather(1, entries.clamp(max=slots.shape[1] - 1))
         if counts is not None:
             write = torch.where(step < counts.unsqueeze(1), write, 0)
         positions = entries if positions is None else positions

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from examples.serving.drafting import lens_before
+from hwcore.overlap import RelayPayload
 from hwcore.speculative import DraftSteps, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from examples.eagle_head.head import EagleHead
+    from examples.serving.kv_pool import KVPool
+    from hwcore.speculative import VerifyStep
 
 
 @dataclass
@@ -140,3 +144,55 @@ class EagleDrafter:
         """Return probabilities and tokens ``[bs, q, topk]`` of the likeliest."""
         probs, drafted = top_k(logits.softmax(dim=-1), self.topk)
         return probs, self._head.draft_ids[drafted]
+
+
+class HeadDrafting:
+    """An EAGLE head as the engine's :class:`~examples.serving.drafting.Drafting`.
+
+    Parameters
+    ----------
+    pool : KVPool
+        Whose slots the head's own entries have.
+    head : EagleHead
+    topk : int
+        Branches at each node; 1: chains.
+    spec_steps : int
+    width : int
+    """
+
+    def __init__(
+        self, pool: KVPool, head: EagleHead, topk: int, spec_steps: int, width: int
+    ) -> None:
+        self._drafter = EagleDrafter(head, pool.num_slots, topk, spec_steps)
+        self.width, self.branches, self.taps = width, topk > 1, head.shape.taps
+        self.spec_steps = self._drafter.depth(width)
+        self.reach = max(width, self._drafter.entries)
+        hidden, dtype = head.shape.hidden, head.dtype
+        self.relay: dict[str, Any] = {"topk": topk, "hidden_size": hidden, "hidden_dtype": dtype}
+
+    def prefill(  # noqa: D102
+        self, rows: Tensor, start: Tensor, text: Tensor, count: Tensor, features: Tensor, slots: Any
+    ) -> RelayPayload:
+        newest = text.gather(1, count.unsqueeze(1))[:, 0]
+        return _relayed(newest, self._drafter.extend(text[:, 1:], features, start, slots, count))
+
+    def draft(  # noqa: D102
+        self, rows: Tensor, lens: Tensor, relayed: RelayPayload, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert relayed.topk_p is not None  # as `relay` says
+        assert relayed.topk_index is not None
+        assert relayed.hidden_states is not None
+        seed = Seed(relayed.topk_p, relayed.topk_index, relayed.hidden_states)
+        return self._drafter.draft(seed, relayed.next_token, lens, slots, self.width)[:2]
+
+    def extend(self, step: VerifyStep, slots: Tensor) -> RelayPayload:  # noqa: D102
+        result, committed = step.result, step.commit
+        assert committed.hidden_states is not None  # for it has taps
+        tokens, counts = committed.accept_tokens.clamp(min=0), result.accept_lens.long()
+        features, lens = committed.hidden_states, lens_before(step)
+        seed = self._drafter.extend(tokens, features, lens, slots, counts)
+        return _relayed(result.bonus_tokens, seed)
+
+
+def _relayed(newest: Tensor, seed: Seed) -> RelayPayload:
+    return RelayPayload(newest, seed.probs, seed.tokens, seed.features)

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 
 import hwcore
+from examples.serving.drafting import PLAIN
 from examples.serving.kv_pool import KVPool
 from examples.serving.scheduler import Scheduler
 from examples.serving.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from examples.serving.drafting import Drafting
     from examples.serving.llama import Llama
     from examples.serving.request import Request
     from examples.serving.worker import Step
@@ -67,8 +69,9 @@ class Engine:
         Entries that a request may have; every step looks at so many.
     buckets : sequence of int
         Batch sizes that are run; smaller batches are padded. The largest is the limit.
-    width : int
-        Tokens a request has in a decode step: its last one and the drafts; 1: no speculation.
+    drafting : callable
+        Makes what drafts, from the :class:`~examples.serving.kv_pool.KVPool`; default: nothing
+        does, and each step decodes one token.
     chunk : int
         Tokens of a prefill step.
     overlap : bool
@@ -84,15 +87,16 @@ class Engine:
         max_context: int,
         *,
         buckets: Sequence[int] = (8,),
-        width: int = 1,
+        drafting: Callable[[KVPool], Drafting] = PLAIN,
         chunk: int = 64,
         overlap: bool = True,
         graphs: bool = False,
     ) -> None:
         self.overlap, self.timing = overlap, Timing()
         self.pool = KVPool(llama, num_slots, max(buckets) + 1, max_context)
-        self.scheduler = Scheduler(self.pool, width, chunk)
-        self.worker = Worker(llama, self.pool, sorted(buckets), width, chunk, overlap, graphs)
+        drafts = drafting(self.pool)
+        self.scheduler = Scheduler(self.pool, drafts.spec_steps + 1, drafts.reach, chunk)
+        self.worker = Worker(llama, self.pool, drafts, sorted(buckets), chunk, overlap, graphs)
         self._hw = hwcore.current_backend()
         self._in_flight: Step | None = None
         self._now = 0  # in steps, those without a batch included: the clock of arrivals

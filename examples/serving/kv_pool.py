@@ -50,3 +50,7 @@ class KVPool:
         """Free a request's row and slots."""
         self.free_rows.append(row)
         self.free_slots.extend(slots)
+
+    def move(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Copy entries between slots ``[n]``, in every layer."""
+        self.kv.index_copy_(1, dst, self.kv.index_select(1, src))

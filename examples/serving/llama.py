@@ -134,6 +134,7 @@ class Llama:
         tree_mask: Tensor | None = None,
         last: bool = False,
         taps: tuple[int, ...] = (),
+        write: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Do as :meth:`forward`, and return what a draft head sees of the model as well.
 
@@ -143,6 +144,8 @@ class Llama:
             As in :meth:`forward`.
         taps : tuple of int
             Layers before which the residual stream is looked at.
+        write : Tensor, int64, [bs, q], optional
+            Slots to write to; the default is where ``slots`` has the new entries.
 
         Returns
         -------
@@ -150,7 +153,9 @@ class Llama:
         features : Tensor, float, [bs, q, len(taps) * hidden]
             Of all tokens, whatever ``last`` is.
         """
-        where = self._attention.where(tokens.shape[1], lens, slots, counts, positions, tree_mask)
+        where = self._attention.where(
+            tokens.shape[1], lens, slots, counts, positions, tree_mask, write
+        )
         x = functional.embedding(tokens, self.embedding)  # [bs, q, hidden]
         features = []
         for layer, (block, entry) in enumerate(zip(self._blocks, kv, strict=True)):

@@ -19,6 +19,10 @@ class Request:
         Number of the step from which on the request is there.
     end : int or None
         A token after which the answer is over, however few came before.
+    temperature : float
+        0: the likeliest token, always.
+    seed : int
+        Of the request's coins, which are its own: nobody it runs with changes its answer.
     tokens : list of int
         The answer, as far as the host knows it.
     retractions : int
@@ -36,6 +40,8 @@ class Request:
     count: int
     arrival: int = 0
     end: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
     tokens: list[int] = field(default_factory=list)
     retractions: int = 0
     row: int = 0
@@ -64,6 +70,8 @@ class Batch:
     requests : list of Request
     chunk : list of int
         Of a prefill, which is of one request: the tokens to bring in. Empty: everyone decodes.
+    following : list of int
+        The token after the chunk; none after the last.
     start : int
         Entry of the chunk's first token.
     emits : bool
@@ -74,6 +82,7 @@ class Batch:
 
     requests: list[Request]
     chunk: list[int] = field(default_factory=list)
+    following: list[int] = field(default_factory=list)
     start: int = 0
     emits: bool = True
     new_slots: list[tuple[int, int, int]] = field(default_factory=list)

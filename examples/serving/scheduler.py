@@ -16,20 +16,22 @@ class Scheduler:
     """Chooses each step's requests from what the host knows, which may be a step old.
 
     With overlap a step is chosen before the tokens of the last one are known. So memory is taken
-    for the most that the steps in flight can emit, ``width`` tokens each, and an answer is taken
-    to be complete once they must complete it, one token each.
+    for the most that the steps in flight can emit, and an answer is taken to be complete once they
+    must complete it, one token each.
 
     Parameters
     ----------
     pool : KVPool
-    width : int
-        Tokens a request has in a decode step: its last token and the drafts.
+    emits : int
+        Tokens that a decode step gives a request at most.
+    reach : int
+        Slots beyond a request's entries that a decode step writes to, at least ``emits``.
     chunk : int
         Tokens of a prefill step.
     """
 
-    def __init__(self, pool: KVPool, width: int, chunk: int) -> None:
-        self._pool, self._width, self._chunk = pool, width, chunk
+    def __init__(self, pool: KVPool, emits: int, reach: int, chunk: int) -> None:
+        self._pool, self._emits, self._reach, self._chunk = pool, emits, reach, chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self._vacated: list[int] = []
@@ -44,7 +46,7 @@ class Scheduler:
             If it could not run even alone.
         """
         # While the last token is on its way another step may run, and both may overshoot.
-        most = len(request.prompt) + request.count + 2 * (self._width - 1)
+        most = len(request.prompt) + request.count + self._emits + self._reach - 2
         room = min(self._pool.num_slots - 1, self._pool.max_context)
         if not request.prompt or request.count < 1 or most > room:
             message = (
@@ -86,7 +88,7 @@ class Scheduler:
         if request is None or request.in_flight or not self._pool.free_rows:
             return None
         # Room for a decode step as well: to be retracted at once would be work for nothing.
-        if len(self._pool.free_slots) < len(request.prompt) + len(request.tokens) + self._width:
+        if len(self._pool.free_slots) < len(request.prompt) + len(request.tokens) + self._reach:
             return None
         self.waiting.remove(request)
         request.row = self._pool.free_rows.pop()
@@ -97,9 +99,10 @@ class Scheduler:
         text, start = request.prompt + request.tokens, request.entries
         chunk = text[start : start + self._chunk]
         request.entries += len(chunk)
-        done = request.entries == len(text)
-        batch = Batch([request], chunk, start, done, self._reach(request, len(text)))
-        if done:
+        following = text[request.entries : request.entries + 1]
+        slots = self._take(request, len(text))
+        batch = Batch([request], chunk, following, start, not following, slots)
+        if batch.emits:
             request.in_flight += 1
             self.running.append(request)
             self._prefilling = None
@@ -110,18 +113,18 @@ class Scheduler:
         for request in list(self.running):
             if not request.row or len(request.tokens) + request.in_flight >= request.count:
                 continue  # retracted just now; or all its tokens are on their way
-            # The newest token has no entry yet; each step in flight may add `width`.
+            # The newest token has no entry yet; each step in flight may add `emits`.
             entries = len(request.prompt) + len(request.tokens) - 1
-            need = entries + (request.in_flight + 1) * self._width
+            need = entries + request.in_flight * self._emits + self._reach
             while request.row and need - len(request.slots) > len(self._pool.free_slots):
                 self._retract(self.running[-1])  # may be the request itself
             if request.row:
-                batch.new_slots += self._reach(request, need)
+                batch.new_slots += self._take(request, need)
                 request.in_flight += 1
                 batch.requests.append(request)
         return batch if batch.requests else None
 
-    def _reach(self, request: Request, entries: int) -> list[tuple[int, int, int]]:
+    def _take(self, request: Request, entries: int) -> list[tuple[int, int, int]]:
         """Take slots up to a number of entries; return row, entry and slot of the new ones."""
         first = len(request.slots)
         request.slots += self._pool.take_slots(max(entries - first, 0))

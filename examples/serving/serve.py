@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from examples.serving.compare import top_two
+from examples.serving.drafting import PLAIN, PromptLookup
+from examples.serving.eagle import HeadDrafting
 from examples.serving.engine import Engine
 from examples.serving.request import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from examples.eagle_head.head import EagleHead
+    from examples.serving.drafting import Drafting
     from examples.serving.engine import Timing
+    from examples.serving.kv_pool import KVPool
     from examples.serving.model import Model
 
+    Kinds: TypeAlias = dict[str, Callable[[KVPool], Drafting]]
     Run: TypeAlias = tuple[list[Request], Timing]
 
-WIDTHS = {"plain": 1, "lookup": 4}
 WAYS: dict[str, dict[str, bool]] = {
     "off": {"overlap": False},
     "overlap": {"overlap": True},
@@ -29,6 +35,17 @@ TOLERANCE = 5e-4
 EVERY = 2  # steps between two arrivals
 
 _CHUNK = 32
+_OVERSHOOT = 12  # entries beyond prompt and answer that the steps of any kind may want
+
+
+def kinds_of(head: EagleHead | None) -> Kinds:
+    """Return every kind of decoding there is, by its name."""
+    kinds: Kinds = {"plain": PLAIN, "lookup": partial(PromptLookup, width=4)}
+    if head is not None:
+        drafting = partial(HeadDrafting, head=head, spec_steps=3)
+        kinds["EAGLE chain"] = partial(drafting, topk=1, width=4)
+        kinds["EAGLE tree"] = partial(drafting, topk=3, width=8)
+    return kinds
 
 
 @dataclass
@@ -68,9 +85,9 @@ class Served:
     bucket, num_slots : int
         The batch size that every step was padded to, and the size of the KV pool.
     alone : dict of str to dict of str to list of int
-        By the keys of ``WIDTHS`` and by request: the answer to it alone.
+        By kind of decoding and by request: the answer to it alone.
     timings : dict of (str, str) to list of Timing
-        By the keys of ``WIDTHS`` and ``WAYS``; one a round.
+        By kind of decoding and the keys of ``WAYS``; one a round.
     retractions, compared : int
         How often requests lost their memory, and how many answers were compared.
     differences : list of Difference
@@ -95,12 +112,13 @@ def serve(
     prompts: Mapping[str, Sequence[int]],
     count: int,
     *,
+    head: EagleHead | None = None,
     end: int | None = None,
     bucket: int = 8,
     rounds: int = 1,
     tick: Callable[[], object] = lambda: None,
 ) -> Served:
-    """Serve the prompts plainly and with prompt lookup, in each way, ``rounds`` times.
+    """Serve the prompts with each kind of decoding, in each way, ``rounds`` times.
 
     Before that each request is served alone, on the same bucket; and all together on buckets that
     fit. The pool holds about half of what a full batch may need: some lose their memory.
@@ -112,6 +130,8 @@ def serve(
     prompts : mapping of str to sequence of int
     count : int
         Tokens to decode for each, at most.
+    head : EagleHead, optional
+        Without one there are plain decoding and prompt lookup.
     end : int, optional
         The token that ends an answer.
     bucket : int
@@ -120,7 +140,7 @@ def serve(
         Called after each of the :func:`num_runs`.
     """
     longest = max(map(len, prompts.values()))
-    max_context = longest + count + 2 * max(WIDTHS.values())
+    max_context = longest + count + _OVERSHOOT
     served = Served(bucket, num_slots=1 + max_context * ((bucket + 1) // 2))
 
     def run(names: Iterable[str], buckets: Sequence[int], **options: Any) -> Run:
@@ -148,25 +168,27 @@ def serve(
                 found = Difference(what, request.name, place, first - second, other)
                 served.differences.append(found)
 
-    for kind, width in WIDTHS.items():
-        alone = [run([name], [bucket], width=width, overlap=False)[0][0] for name in prompts]
+    kinds = kinds_of(head)
+    for kind, drafting in kinds.items():
+        options = {"drafting": drafting}
+        alone = [run([name], [bucket], overlap=False, **options)[0][0] for name in prompts]
         served.alone[kind] = {request.name: request.tokens for request in alone}
-        compare(f"{kind}, alone", "plain", alone, other_bucket=width > 1)
+        compare(f"{kind}, alone", "plain", alone, other_bucket=kind != "plain")
         sizes = fitting_buckets(bucket)
-        compare(f"{kind}, buckets {sizes}", kind, run(prompts, sizes, width=width)[0], True)
-    order = [(kind, way) for kind in WIDTHS for way in WAYS]
+        compare(f"{kind}, buckets {sizes}", kind, run(prompts, sizes, **options)[0], True)
+    order = [(kind, way) for kind in kinds for way in WAYS]
     for turn in range(rounds):
         # Back and forth, so that none always finds the caches warm.
         for kind, way in order if turn % 2 == 0 else reversed(order):
-            requests, timing = run(prompts, [bucket], width=WIDTHS[kind], **WAYS[way])
+            requests, timing = run(prompts, [bucket], drafting=kinds[kind], **WAYS[way])
             served.timings.setdefault((kind, way), []).append(timing)
             compare(f"{kind}, {way}", kind, requests, other_bucket=False)
     return served
 
 
-def num_runs(num_prompts: int, rounds: int) -> int:
+def num_runs(num_prompts: int, rounds: int, head: EagleHead | None = None) -> int:
     """Return how many runs :func:`serve` makes."""
-    return len(WIDTHS) * (num_prompts + 1 + rounds * len(WAYS))
+    return len(kinds_of(head)) * (num_prompts + 1 + rounds * len(WAYS))
 
 
 def fitting_buckets(bucket: int) -> list[int]:

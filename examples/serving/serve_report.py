@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 import hwcore
-from examples.serving.serve import EVERY, TOLERANCE, WAYS, WIDTHS
+from examples.serving.serve import EVERY, TOLERANCE, WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ def rows(served: Served) -> list[list[str]]:
     """Return the table: how it was decoded, how it was overlapped, and ``COLUMNS``."""
     return [
         [kind, way, *(format(_median(served, kind, way, v), f) for v, f in COLUMNS.values())]
-        for kind in WIDTHS
+        for kind in served.alone
         for way in WAYS
     ]
 
@@ -43,7 +43,12 @@ def section(served: Served) -> str:
     """Return Markdown: what was served, whether the tokens are right, and the table."""
     info = hwcore.current_backend().info
     speed, _ = COLUMNS["tokens/s"]
-    ratio = _median(served, "lookup", "overlap", speed) / _median(served, "plain", "overlap", speed)
+    plain = _median(served, "plain", "overlap", speed)
+    ratios = ", ".join(
+        f"{kind} {_median(served, kind, 'overlap', speed) / plain:.2f}"
+        for kind in served.alone
+        if kind != "plain"
+    )
     lines = [["decoding", "overlap", *COLUMNS], ["---"] * (2 + len(COLUMNS)), *rows(served)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     places = "".join(
@@ -57,8 +62,7 @@ def section(served: Served) -> str:
 {len(served.alone["plain"])} requests, one more every {EVERY} steps, at most {served.bucket} side \
 by side, in a KV pool of {served.num_slots} slots: fewer than so many may need. \
 {served.retractions} times, in all runs, one was retracted and prefilled again later. Every step \
-is padded to {served.bucket} requests; *lookup* gives each {WIDTHS["lookup"]} tokens a step, \
-drafted on the device.
+is padded to {served.bucket} requests; trees are of one size, drafted on the device.
 
 **Each answer is that of the request alone: {"yes" if served.sound else "NO"}** ({served.compared} \
 answers). On the same bucket they are equal, token for token. Other batch sizes round otherwise: \
@@ -67,9 +71,9 @@ there a token may differ where the two largest logits are within {TOLERANCE}. Su
 
 {table}
 
-With overlap, lookup gives {ratio:.2f} times the tokens a second of plain decoding. A full batch \
-leaves a CPU no arithmetic to spare, so that drafts pay only where most of them come true; a \
-device's decode step as a rule waits for memory, and has it to spare.
+With overlap, tokens a second over those of plain decoding: {ratios}. A full batch leaves \
+a CPU no arithmetic to spare, so that drafts pay only where most of them come true; on a device a \
+decode step as a rule waits for memory, and arithmetic is to spare.
 
 *off*: the host looks at a step's tokens before it schedules the next; *overlap*: afterwards. \
 *host gap*: host time between the submissions of two steps, without the wait for tokens: they are \

@@ -4,6 +4,8 @@ import pytest
 import torch
 import transformers
 
+from examples.eagle_head import layout
+from examples.eagle_head.head import EagleHead
 from examples.serving.llama import Llama
 
 VOCAB = 19
@@ -30,6 +32,29 @@ def network(hw):
 def llama(hw, network):
     """Our own Llama with the same weights, on the device."""
     return Llama(network.config, network.state_dict(), hw.device(), max_context=512)
+
+
+@pytest.fixture(scope="session")
+def head(llama) -> EagleHead:
+    """A head of random weights, which knows all tokens: right now and then."""
+    torch.manual_seed(3)
+    size, width = llama.embedding.shape[1], llama.width
+    shape = layout.Shape(
+        hidden=size,
+        heads=llama.heads,
+        kv_heads=llama.kv_heads,
+        width=width,
+        inner=64,
+        vocab=VOCAB,
+        draft_vocab=VOCAB,
+        theta=1e4,
+        epsilon=1e-6,
+        taps=(0, 1),
+    )
+    weights = {name: torch.randn(sizes) * 0.2 for name, sizes in shape.matrices().items()}
+    weights |= {name: torch.ones(size) for name in shape.norms()}
+    weights["lm_head.weight"] = torch.randn(VOCAB, size)
+    return EagleHead(shape, weights, torch.arange(VOCAB), llama.embedding, 512)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@ import itertools
 import pytest
 import torch
 
-from examples.eagle_head import layout
-from examples.eagle_head.head import EagleHead
 from examples.serving import sizing
 from examples.serving.compare import PLAIN, Outcome, compare, top_two
 from examples.serving.decode import Answer, decode
@@ -19,8 +17,8 @@ VOCAB = 19
 
 
 @pytest.fixture(scope="module")
-def tiny(llama) -> Model:
-    return Model(llama, capacity=400, taps=(0, 1))
+def tiny(llama, head) -> Model:
+    return Model(llama, capacity=400, taps=head.shape.taps)
 
 
 def prompts(count):
@@ -92,29 +90,6 @@ def test_measured_costs_and_the_cache_they_leave(tiny):
     assert list(costs) == [1, 4]
     assert all(seconds > 0 for seconds in costs.values())
     assert next(ticks) == 3
-
-
-@pytest.fixture(scope="module")
-def head(tiny) -> EagleHead:
-    """A head of random weights, which knows all tokens: right now and then."""
-    torch.manual_seed(3)
-    size, width = tiny.llama.embedding.shape[1], tiny.llama.width
-    shape = layout.Shape(
-        hidden=size,
-        heads=tiny.llama.heads,
-        kv_heads=tiny.llama.kv_heads,
-        width=width,
-        inner=64,
-        vocab=VOCAB,
-        draft_vocab=VOCAB,
-        theta=1e4,
-        epsilon=1e-6,
-        taps=tiny.taps,
-    )
-    weights = {name: torch.randn(sizes) * 0.2 for name, sizes in shape.matrices().items()}
-    weights |= {name: torch.ones(size) for name in shape.norms()}
-    weights["lm_head.weight"] = torch.randn(VOCAB, size)
-    return EagleHead(shape, weights, torch.arange(VOCAB), tiny.llama.embedding, 512)
 
 
 def eagle(head, model, topk, sizes, spec_steps=4) -> Eagle:

@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def by_hand(text, width):
 def lookup(hw):
     def make(texts, width):
         """Rows 1, 2, … hold the texts, and what an earlier request left behind them."""
-        made = PromptLookup(len(texts) + 1, CONTEXT, width, hw.device())
+        table = torch.zeros(len(texts) + 1, CONTEXT, device=hw.device())
+        pool = SimpleNamespace(num_rows=len(table), max_context=CONTEXT, table=table)
+        made = PromptLookup(pool, width)
         made._text.fill_(1)
         rows = torch.arange(1, len(texts) + 1, device=hw.device())
         longest = max(map(len, texts))
@@ -46,7 +49,7 @@ def test_drafts_of_a_ragged_batch_are_those_of_the_definition(lookup, width, voc
     sizes = [1, 2, 3, CONTEXT - 8, *(rng.randrange(2, 30) for _ in range(30))]
     texts = [[rng.randrange(vocabulary) for _ in range(size)] for size in sizes]
     made, rows, lens, roots = lookup(texts, width)
-    tokens, parents = (t.tolist() for t in made.draft(rows, lens, roots))
+    tokens, parents = (t.tolist() for t in made.continuations(rows, lens, roots))
     for text, nodes, links in zip(texts, tokens, parents, strict=True):
         expected = by_hand(text, width)
         assert nodes[: len(expected)] == expected
@@ -56,7 +59,7 @@ def test_drafts_of_a_ragged_batch_are_those_of_the_definition(lookup, width, voc
 
 def test_without_drafts_there_is_the_root_alone(lookup):
     made, rows, lens, roots = lookup([[3, 4, 3, 4], [5]], 1)
-    tokens, parents = made.draft(rows, lens, roots)
+    tokens, parents = made.continuations(rows, lens, roots)
     assert tokens.tolist() == [[4], [5]]
     assert parents.tolist() == [[-1], [-1]]
 

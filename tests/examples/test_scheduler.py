@@ -7,8 +7,8 @@ from examples.serving.scheduler import Scheduler
 
 @pytest.fixture
 def scheduler(llama):
-    def make(num_slots=100, num_rows=4, width=1, chunk=4):
-        return Scheduler(KVPool(llama, num_slots, num_rows, max_context=512), width, chunk)
+    def make(num_slots=100, num_rows=4, emits=1, reach=1, chunk=4):
+        return Scheduler(KVPool(llama, num_slots, num_rows, max_context=512), emits, reach, chunk)
 
     return make
 
@@ -34,6 +34,7 @@ def test_a_text_is_prefilled_in_chunks_and_only_the_last_one_emits(scheduler):
     batches = [s.schedule(0) for _ in range(3)]
     assert [b.chunk for b in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [b.start for b in batches] == [0, 4, 8]
+    assert [b.following for b in batches] == [[4], [8], []], "what a draft head wants to know"
     assert [b.emits for b in batches] == [False, False, True]
     assert [len(b.new_slots) for b in batches] == [10, 0, 0]
     assert [entry for _, entry, _ in batches[0].new_slots] == list(range(10))
@@ -71,17 +72,17 @@ def test_an_answer_whose_tokens_are_all_on_their_way_is_not_scheduled(scheduler)
     assert s.schedule(0) is None
 
 
-@pytest.mark.parametrize("width", [1, 4])
-def test_slots_suffice_for_all_that_steps_in_flight_may_emit(scheduler, width):
-    s, r = scheduler(width=width), request(prompt=3, count=50)
+@pytest.mark.parametrize(("emits", "reach"), [(1, 1), (4, 4), (4, 12)])
+def test_slots_suffice_for_all_that_steps_in_flight_may_emit(scheduler, emits, reach):
+    s, r = scheduler(emits=emits, reach=reach), request(prompt=3, count=50)
     s.add(r)
     prefill, first, second = (s.schedule(0) for _ in range(3))
     # The first token has no entry yet; three steps are in flight, none of them collected.
-    assert len(r.slots) == 3 - 1 + 3 * width
+    assert len(r.slots) == 3 - 1 + 2 * emits + reach
     # Everything comes true at its least: memory that was taken is used before more is.
     for batch in (prefill, first, second):
         collect(batch)
-    assert len(s.schedule(0).new_slots) == (1 if width == 1 else 0)
+    assert len(s.schedule(0).new_slots) == (1 if emits == 1 else 0)
 
 
 def test_a_full_pool_retracts_the_youngest_which_comes_back_first_with_its_tokens(scheduler):

@@ -5,7 +5,6 @@ from examples.serving.model import Model
 from examples.serving.serve import (
     TOLERANCE,
     WAYS,
-    WIDTHS,
     Difference,
     fitting_buckets,
     num_runs,
@@ -16,21 +15,24 @@ PROMPTS = {"a": [3, 1, 4, 1, 5], "b": [9, 2, 6] * 3, "c": [5, 3, 5], "d": [8, 9,
 
 
 @pytest.fixture
-def model(llama):
-    return Model(llama, 100)
+def model(llama, head):
+    return Model(llama, 100, head.shape.taps)
 
 
-def test_all_ways_give_each_request_the_answer_it_gets_alone(model):
+def test_all_ways_give_each_request_the_answer_it_gets_alone(model, head):
     ticks = []
-    served = serve(model, PROMPTS, 24, bucket=3, rounds=2, tick=lambda: ticks.append(1))
-    assert len(ticks) == num_runs(len(PROMPTS), rounds=2)
+    kinds = ["plain", "lookup", "EAGLE chain", "EAGLE tree"]
+    options = {"head": head, "bucket": 3, "rounds": 2}
+    served = serve(model, PROMPTS, 24, tick=lambda: ticks.append(1), **options)
+    assert len(ticks) == num_runs(len(PROMPTS), rounds=2, head=head)
     assert served.differences == []
     assert served.sound
-    assert served.compared == len(PROMPTS) * 2 * (1 + 1 + 2 * 3)
+    assert served.compared == len(PROMPTS) * 4 * (1 + 1 + 2 * 3)
     assert served.retractions > 0
-    assert served.alone["plain"] == served.alone["lookup"]
+    assert list(served.alone) == kinds
+    assert all(answers == served.alone["plain"] for answers in served.alone.values())
     assert {len(timings) for timings in served.timings.values()} == {2}
-    assert set(served.timings) == {(kind, way) for kind in WIDTHS for way in WAYS}
+    assert set(served.timings) == {(kind, way) for kind in kinds for way in WAYS}
 
 
 def test_an_answer_that_ends_early_is_compared_whole(model):
@@ -75,7 +77,9 @@ def test_the_report_has_a_row_for_each_way_and_lists_each_difference(model):
     assert "is that of the request alone: yes" in text
     assert "- lookup, alone: `c` at token 4, the two largest logits 0.000123 apart\n" in text
     table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [line[:2] for line in table[2:]] == [[f"| {k}", w] for k in WIDTHS for w in WAYS]
+    assert [line[:2] for line in table[2:]] == [
+        [f"| {k}", w] for k in ("plain", "lookup") for w in WAYS
+    ]
     assert {len(line) for line in table} == {2 + len(serve_report.COLUMNS)}
     served.differences.append(Difference("plain, off", "a", 4, 0.000123, False))
     text = serve_report.section(served)
