@@ -13,7 +13,7 @@ import torch
 
 from hwcore._env import debug_enabled
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
-from hwcore.graphs.tape import is_capturing
+from hwcore.graphs import tape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def may_read(tensor: torch.Tensor) -> bool:
     """Say whether a check may look at the values of ``tensor``."""
-    return (tensor.device.type == "cpu" or debug_enabled()) and not is_capturing()
+    if tensor.device.type == "cpu":
+        return not tape.is_capturing()
+    return debug_enabled() and not is_captured(tensor)
+
+
+def is_captured(tensor: torch.Tensor) -> bool:
+    """Say whether what is done to ``tensor`` now goes into a graph, the tape's or the device's."""
+    from hwcore.activation import current_backend
+
+    on_device = tensor.device.type != "cpu"
+    return tape.is_capturing() or (on_device and current_backend().is_capturing())
 
 
 def check_instance(where: str, name: str, value: object, expected: type, maker: str) -> None:
@@ -32,6 +42,12 @@ def check_instance(where: str, name: str, value: object, expected: type, maker: 
     if not isinstance(value, expected):
         what = f"a {expected.__name__}"
         raise ArgumentTypeError(describe(where, name, value, what, f"Pass what {maker} returned"))
+
+
+def check_callable(where: str, name: str, value: object, fix: str) -> None:
+    """Raise unless ``value`` is None or can be called."""
+    if value is not None and not callable(value):
+        raise ArgumentTypeError(describe(where, name, value, "a callable", fix))
 
 
 def check_size(where: str, name: str, value: object, lowest: int, fix: str) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 from torch.utils import cpp_extension
 
+from examples.serving.attention import frequencies, rope_theta
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -67,9 +69,7 @@ class Decoder:
             )
         shape = config.num_hidden_layers, 2, bs, config.num_key_value_heads, room, config.head_dim
         self._kv = torch.zeros(shape, dtype=torch.bfloat16)
-        theta = config.rope_parameters["rope_theta"]
-        frequency = 1.0 / theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
-        angles = torch.outer(torch.arange(room), frequency)
+        angles = torch.outer(torch.arange(room), frequencies(rope_theta(config), config.head_dim))
         self._cos, self._sin = angles.cos(), angles.sin()
         self._enter = torch.compile(_enter, dynamic=False)
         self._between = torch.compile(_between, dynamic=False)

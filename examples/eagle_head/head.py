@@ -43,6 +43,7 @@ class EagleHead:
         max_context: int,
     ) -> None:
         self.shape, self.device, self._embedding = shape, embedding.device, embedding
+        self.max_context = max_context
         self.dtype, self.draft_ids = embedding.dtype, draft_ids.to(self.device)
 
         def fused(*names: str) -> Tensor:

@@ -28,7 +28,7 @@ def of_shards(
     best: list[Tensor] = []
     for path in paths:
         documents, _ = store.read([path])
-        kept = path.with_suffix(".best")
+        kept = store.labels_path(path)
         if not kept.exists():
             say(f"{path.name}: looking up the most probable tokens")
             tokens = [most_probable(one, output).to(torch.uint16) for one in documents]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from examples.serving.attention import rope_theta
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -47,7 +49,7 @@ class Shape:
             inner=config.intermediate_size,
             vocab=config.vocab_size,
             draft_vocab=draft_vocab,
-            theta=config.rope_parameters["rope_theta"],
+            theta=rope_theta(config),
             epsilon=config.rms_norm_eps,
         )
 

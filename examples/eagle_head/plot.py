@@ -36,18 +36,21 @@ def draw(log: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def accept_lengths(evaluation: Path, picture: Path) -> None:
+def accept_lengths(evaluation: Path, picture: Path, tokens: int, every: int) -> None:
     """Draw the accept lengths of a run's exports over the tokens that they had seen.
 
-    An export's folder ends with that number; other heads are left out.
+    An export's folder ends with that number; other heads are left out, and what was evaluated with
+    other ``tokens`` and ``every``. Of several lines of a head the last counts.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines = [json.loads(line) for line in evaluation.read_text().splitlines()]
-    of_all = [line for line in lines if line["prompts"] == "all"]
-    points = [line for line in of_all if line["head"].rpartition("-")[2].isdigit()]
-    points.sort(key=lambda line: int(line["head"].rpartition("-")[2]))
-    seen = [int(line["head"].rpartition("-")[2]) / 1e6 for line in points]
+    asked = {"prompts": "all", "tokens": tokens, "every": every}
+    by_head = {line["head"]: line for line in lines if asked.items() <= line.items()}
+    of_exports = [name for name in by_head if name.rpartition("-")[2].isdigit()]
+    of_exports.sort(key=lambda name: int(name.rpartition("-")[2]))
+    points = [by_head[name] for name in of_exports]
+    seen = [int(name.rpartition("-")[2]) / 1e6 for name in of_exports]
     for index, way in enumerate(("chain", "tree")):
         lengths = [line[way]["accept_length"] for line in points]
         low, high = ([line[way]["interval"][end] for line in points] for end in (0, 1))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from examples.eagle_head.network import Text
+from examples.serving.attention import frequencies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,7 +125,6 @@ def batch(shape: Shape, embedding: Tensor, rows: list[list[Piece]], steps: int) 
 
 def angles(shape: Shape, positions: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Return cosines and sines ``[steps, *positions.shape, 1, width / 2]``, a step further each."""
-    frequency = shape.theta ** -(torch.arange(0, shape.width, 2) / shape.width)
     at = torch.stack([positions + step for step in range(steps)])
-    turned = at[..., None, None] * frequency
+    turned = at[..., None, None] * frequencies(shape.theta, shape.width)
     return turned.cos(), turned.sin()

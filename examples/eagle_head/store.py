@@ -73,6 +73,7 @@ def write(path: Path, documents: list[Document], dropped: list[int]) -> None:
     is there before the shard is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    labels_path(path).unlink(missing_ok=True)
     states = torch.cat([one.states for one in documents]) if documents else torch.empty(0, 0)
     states.view(torch.int16).numpy().tofile(_states_path(path))
     content = {
@@ -105,6 +106,11 @@ def read(paths: list[Path]) -> tuple[list[Document], list[int]]:
         ):
             documents.append(Document(index, tokens.long(), answer, greedy, message, part))
     return documents, dropped
+
+
+def labels_path(path: Path) -> Path:
+    """Return where what is looked up about a shard is kept, until the shard is written anew."""
+    return path.with_suffix(".best")
 
 
 def _states_path(path: Path) -> Path:

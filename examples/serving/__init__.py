@@ -1,11 +1,11 @@
 """A small serving engine, and what it shows on a real model: ``python -m examples.serving``.
 
 The engine, top-down: ``engine`` (the loop), ``request`` and ``scheduler`` (who runs), ``kv_pool``
-(who owns what), ``worker`` (a step on the device), ``drafting`` (prompt lookup), ``llama`` (the
-forward). ``serve`` runs it in every way and compares.
+(who owns what), ``worker`` (a step on the device), ``drafting`` (prompt lookup) and ``eagle`` (a
+head that runs ahead), ``llama`` (the forward). ``serve`` runs it in every way and compares.
 
-One text at a time, with trees of the size that pays: ``decode``, then ``lookup``, ``sizing``,
-``step`` and ``model``.
+One text at a time, with trees of the size that pays: ``decode``, then ``drafters``, ``lookup``,
+``sizing``, ``step`` and ``model``.
 """
 
 import importlib.util

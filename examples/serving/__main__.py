@@ -43,9 +43,8 @@ _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half 
 @click.option("--short", is_flag=True, help="One prompt, four requests, few tokens, one round.")
 @click.option(
     "--head",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=HEAD,
-    help="Folder of an EAGLE head; without one nothing is drafted with a head.",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of an EAGLE head.  [default: the one in examples/eagle_head, if it is there]",
 )
 @click.option(
     "--same-as",
@@ -53,7 +52,7 @@ _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half 
     help="tokens.json of a run on another backend: the tokens must be those.",
 )
 def main(
-    out: Path, rounds: int, tokens: int, short: bool, head: Path, same_as: Path | None
+    out: Path, rounds: int, tokens: int, short: bool, head: Path | None, same_as: Path | None
 ) -> None:
     """Decode real prompts in every way there is; write a report and the tokens.
 
@@ -74,10 +73,10 @@ def main(
         slots = max(longest, _CONTEXT) + 2 * max(sizing.SIZES)
         llama = Llama(config, weights, hwcore.current_backend().device(), slots)
         eagle = None
-        if (head / "config.json").is_file():
-            eagle = EagleHead.load(head, llama.embedding, slots)
+        if head is None and not HEAD.is_dir():
+            progress.console.print(f"[yellow]No EAGLE head in {HEAD}: none is used[/]")
         else:
-            progress.console.print(f"[yellow]No EAGLE head in {head}: none is used[/]")
+            eagle = EagleHead.load(head or HEAD, llama.embedding, slots)
         model = Model(llama, slots, taps=eagle.shape.taps if eagle else ())
         progress.update(task, description="Weights loaded", total=1, completed=1)
 

@@ -43,8 +43,7 @@ class Attention:
     ) -> None:
         self.heads, self.kv_heads, self.width = heads, kv_heads, width
         self.max_context, self.device = max_context, device
-        frequency = 1.0 / theta ** (torch.arange(0, width, 2) / width)
-        angles = torch.outer(torch.arange(max_context), frequency)  # [positions, width / 2]
+        angles = torch.outer(torch.arange(max_context), frequencies(theta, width))
         self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
 
     def new_kv(self, layers: int, num_slots: int) -> Tensor:
@@ -155,6 +154,11 @@ def rope_theta(config: Any) -> float:
         message = f"Llama: rope_type is `{kind}`; expected `default`. Scale the angles for it here."
         raise ValueError(message)
     return float(parameters.get("rope_theta") or config.rope_theta)
+
+
+def frequencies(theta: float, width: int) -> Tensor:
+    """Return the rotary frequencies ``[width / 2]``, in radians a position."""
+    return 1.0 / theta ** (torch.arange(0, width, 2) / width)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

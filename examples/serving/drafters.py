@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from examples.serving import sizing
-from examples.serving.eagle import EagleDrafter
+from examples.serving.eagle import HeadRunner
 from examples.serving.lookup import Lookup
 from examples.serving.sizing import Sizer
 from examples.serving.step import plain_step, tree_step
@@ -88,15 +88,15 @@ class Eagle:
 
     Parameters
     ----------
-    drafter : EagleDrafter
+    runner : HeadRunner
     model : Model
         Whose slots it goes by.
     sizes : sequence of int
         Of trees; the first 1. One other: always that.
     """
 
-    def __init__(self, drafter: EagleDrafter, model: Model, sizes: Sequence[int]) -> None:
-        self._drafter, self._model, self._sizes = drafter, model, tuple(sizes)
+    def __init__(self, runner: HeadRunner, model: Model, sizes: Sequence[int]) -> None:
+        self._runner, self._model, self._sizes = runner, model, tuple(sizes)
         self.sizer: TreeSizer | None = None
         self._entries = 0  # of the text, that the head has
         self._tokens: list[int] = []  # after those, that it has not seen
@@ -114,10 +114,10 @@ class Eagle:
 
     def propose(self, size: int) -> Proposal:
         """Return a tree of so many nodes."""
-        drafter, device = self._drafter, self._model.device
+        runner, device = self._runner, self._model.device
         root, count = self._tokens[-1], len(self._tokens)
         # After steps without drafts there is more to catch up with.
-        seed = drafter.extend(
+        start = runner.extend(
             torch.tensor([self._tokens], device=device),
             torch.cat(self._features, dim=1),
             torch.tensor([self._entries], device=device),
@@ -126,14 +126,14 @@ class Eagle:
         )
         self._entries += count
         self._tokens, self._features = [], []
-        nodes, parents, self._ranks = drafter.draft(
-            seed,
+        nodes, parents, self._ranks = runner.draft(
+            start,
             torch.tensor([root], device=device),
             torch.tensor([self._entries], device=device),
-            self._model.slots_of(self._entries + drafter.entries),
+            self._model.slots_of(self._entries + runner.entries),
             size,
         )
-        return Proposal(nodes, parents, drafter.depth(size))
+        return Proposal(nodes, parents, runner.depth(size))
 
     def learn(self, emitted: Emitted) -> None:  # noqa: D102
         if self.sizer is not None and self._ranks is not None:
@@ -204,7 +204,7 @@ def calibrated(
     if head is None:
         return drafters, costs
     for way, topk, sizes in (("EAGLE chain", 1, _CHAIN), ("EAGLE tree", _TOPK, _TREE)):
-        runner = EagleDrafter(head, 1 + model.slots.shape[1], topk, _SPEC_STEPS)
+        runner = HeadRunner(head, model.num_slots, topk, _SPEC_STEPS)
         drafters[way] = drafter = Eagle(runner, model, sizes)
         costs[way] = drafter.calibrate(context, rounds)
         tick()

@@ -42,7 +42,13 @@ class Drafting(Protocol):
     relay: dict[str, Any]
 
     def prefill(
-        self, rows: Tensor, start: Tensor, text: Tensor, count: Tensor, features: Tensor, slots: Any
+        self,
+        rows: Tensor,
+        start: Tensor,
+        text: Tensor,
+        count: Tensor,
+        features: Tensor,
+        slots: Tensor,
     ) -> RelayPayload:
         """Take a chunk of a text, and return what the next step starts from.
 
@@ -75,8 +81,8 @@ class Drafting(Protocol):
         """Take what was accepted, and return what the next step starts from."""
 
 
-class PromptLookup:
-    """The text of every row on the device, and chains drafted from it.
+class BatchLookup:
+    """Prompt lookup: the text of every row on the device, and chains drafted from it.
 
     Parameters
     ----------
@@ -98,7 +104,13 @@ class PromptLookup:
         self._text = torch.zeros(shape, dtype=torch.int64, device=pool.table.device)
 
     def prefill(  # noqa: D102
-        self, rows: Tensor, start: Tensor, text: Tensor, count: Tensor, features: Tensor, slots: Any
+        self,
+        rows: Tensor,
+        start: Tensor,
+        text: Tensor,
+        count: Tensor,
+        features: Tensor,
+        slots: Tensor,
     ) -> RelayPayload:
         self.append(rows, start, text)
         return RelayPayload(text.gather(1, count.unsqueeze(1))[:, 0])
@@ -165,5 +177,5 @@ def lens_before(step: VerifyStep) -> Tensor:
     return step.commit.new_seq_lens - step.result.accept_lens
 
 
-PLAIN = partial(PromptLookup, width=1)
+NO_DRAFTS = partial(BatchLookup, width=1)
 """No drafts: each step decodes one token."""

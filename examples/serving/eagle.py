@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Seed:
+class DraftStart:
     """What the head says of the token after the root, and draft steps start from.
 
     Attributes
@@ -38,7 +38,7 @@ class Seed:
     features: Tensor
 
 
-class EagleDrafter:
+class HeadRunner:
     """Draft trees of a batch, from a head on a KV pool of its own with its target's slots.
 
     Parameters
@@ -71,7 +71,7 @@ class EagleDrafter:
 
     def extend(
         self, tokens: Tensor, features: Tensor, lens: Tensor, slots: Tensor, counts: Tensor
-    ) -> Seed:
+    ) -> DraftStart:
         """Bring the head up to date with tokens that are settled.
 
         Parameters
@@ -91,16 +91,16 @@ class EagleDrafter:
             self._kv, tokens, fused, lens, slots, counts=counts, last=True
         )
         probs, drafted = self._likeliest(logits)
-        return Seed(probs[:, 0], drafted[:, 0], own[:, 0])
+        return DraftStart(probs[:, 0], drafted[:, 0], own[:, 0])
 
     def draft(
-        self, seed: Seed, roots: Tensor, lens: Tensor, slots: Tensor, num_draft_tokens: int
+        self, start: DraftStart, roots: Tensor, lens: Tensor, slots: Tensor, num_draft_tokens: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run ahead, and keep the likeliest nodes.
 
         Parameters
         ----------
-        seed : Seed
+        start : DraftStart
         roots : Tensor, int64, [bs]
         lens : Tensor, int64, [bs]
             Entries that the head has, and the target before the root.
@@ -117,9 +117,9 @@ class EagleDrafter:
             Of the nodes, by their scores.
         """
         steps = DraftSteps(self.topk)
-        beam = steps.first(seed.probs, seed.tokens)
+        beam = steps.first(start.probs, start.tokens)
         bs, device = len(roots), roots.device
-        features = seed.features.unsqueeze(1).expand(-1, self.topk, -1)
+        features = start.features.unsqueeze(1).expand(-1, self.topk, -1)
         itself = torch.eye(self.topk, dtype=torch.bool, device=device).expand(bs, -1, -1)
         sees = itself  # [bs, topk, drafted so far]: which of them each node of the beam follows
         for step in range(self.depth(num_draft_tokens) - 1):
@@ -163,18 +163,30 @@ class HeadDrafting:
     def __init__(
         self, pool: KVPool, head: EagleHead, topk: int, spec_steps: int, width: int
     ) -> None:
-        self._drafter = EagleDrafter(head, pool.num_slots, topk, spec_steps)
+        if pool.max_context > head.max_context:
+            message = (
+                f"HeadDrafting: the pool's max_context is {pool.max_context}; expected at most the "
+                f"{head.max_context} positions that the head is prepared for. Load it with more."
+            )
+            raise ValueError(message)
+        self._runner = HeadRunner(head, pool.num_slots, topk, spec_steps)
         self.width, self.branches, self.taps = width, topk > 1, head.shape.taps
-        self.spec_steps = self._drafter.depth(width)
-        self.reach = max(width, self._drafter.entries)
+        self.spec_steps = self._runner.depth(width)
+        self.reach = max(width, self._runner.entries)
         hidden, dtype = head.shape.hidden, head.dtype
         self.relay: dict[str, Any] = {"topk": topk, "hidden_size": hidden, "hidden_dtype": dtype}
 
     def prefill(  # noqa: D102
-        self, rows: Tensor, start: Tensor, text: Tensor, count: Tensor, features: Tensor, slots: Any
+        self,
+        rows: Tensor,
+        start: Tensor,
+        text: Tensor,
+        count: Tensor,
+        features: Tensor,
+        slots: Tensor,
     ) -> RelayPayload:
         newest = text.gather(1, count.unsqueeze(1))[:, 0]
-        return _relayed(newest, self._drafter.extend(text[:, 1:], features, start, slots, count))
+        return _relayed(newest, self._runner.extend(text[:, 1:], features, start, slots, count))
 
     def draft(  # noqa: D102
         self, rows: Tensor, lens: Tensor, relayed: RelayPayload, slots: Tensor
@@ -182,17 +194,17 @@ class HeadDrafting:
         assert relayed.topk_p is not None  # as `relay` says
         assert relayed.topk_index is not None
         assert relayed.hidden_states is not None
-        seed = Seed(relayed.topk_p, relayed.topk_index, relayed.hidden_states)
-        return self._drafter.draft(seed, relayed.next_token, lens, slots, self.width)[:2]
+        start = DraftStart(relayed.topk_p, relayed.topk_index, relayed.hidden_states)
+        return self._runner.draft(start, relayed.next_token, lens, slots, self.width)[:2]
 
     def extend(self, step: VerifyStep, slots: Tensor) -> RelayPayload:  # noqa: D102
         result, committed = step.result, step.commit
         assert committed.hidden_states is not None  # for it has taps
         tokens, counts = committed.accept_tokens.clamp(min=0), result.accept_lens.long()
         features, lens = committed.hidden_states, lens_before(step)
-        seed = self._drafter.extend(tokens, features, lens, slots, counts)
-        return _relayed(result.bonus_tokens, seed)
+        start = self._runner.extend(tokens, features, lens, slots, counts)
+        return _relayed(result.bonus_tokens, start)
 
 
-def _relayed(newest: Tensor, seed: Seed) -> RelayPayload:
-    return RelayPayload(newest, seed.probs, seed.tokens, seed.features)
+def _relayed(newest: Tensor, start: DraftStart) -> RelayPayload:
+    return RelayPayload(newest, start.probs, start.tokens, start.features)

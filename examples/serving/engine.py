@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import hwcore
-from examples.serving.drafting import PLAIN
+from examples.serving.drafting import NO_DRAFTS
 from examples.serving.kv_pool import KVPool
 from examples.serving.scheduler import Scheduler
 from examples.serving.worker import Worker
@@ -77,7 +77,12 @@ class Engine:
     overlap : bool
         Submit a step before the tokens of the last one are on the host. Off: look at them first.
     graphs : bool
-        Replay captured graphs of the decode steps.
+        Replay captured graphs of the model's forward over the trees.
+
+    Raises
+    ------
+    ValueError
+        If the model, or a draft head, is not prepared for so many positions.
     """
 
     def __init__(
@@ -87,11 +92,17 @@ class Engine:
         max_context: int,
         *,
         buckets: Sequence[int] = (8,),
-        drafting: Callable[[KVPool], Drafting] = PLAIN,
+        drafting: Callable[[KVPool], Drafting] = NO_DRAFTS,
         chunk: int = 64,
         overlap: bool = True,
         graphs: bool = False,
     ) -> None:
+        if max_context > llama.max_context:
+            message = (
+                f"Engine: max_context is {max_context}; expected at most the {llama.max_context} "
+                "positions that the Llama is prepared for. Lower it, or make the Llama with more."
+            )
+            raise ValueError(message)
         self.overlap, self.timing = overlap, Timing()
         self.pool = KVPool(llama, num_slots, max(buckets) + 1, max_context)
         drafts = drafting(self.pool)

@@ -29,7 +29,7 @@ class Model:
         capacity = -(-capacity // _BLOCK) * _BLOCK
         self._kv = llama.new_kv(1 + capacity)  # slot 0 is for padding
         self.slots = torch.arange(1, 1 + capacity, device=self.device).unsqueeze(0)  # [1, capacity]
-        self.length = 0
+        self.num_slots, self.length = 1 + capacity, 0
 
     def forward(
         self,

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from examples.serving.compare import PLAIN
 
@@ -28,9 +24,8 @@ def speeds(
     path: Path, outcomes: Sequence[Outcome], costs: Mapping[str, Mapping[int, float]]
 ) -> None:
     """Draw tokens a second by prompt and way, and what trees cost by size."""
-    figure, (speed, cost) = plt.subplots(
-        1, 2, figsize=(15, 4.8), width_ratios=(2, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    speed, cost = figure.subplots(1, 2, width_ratios=(2, 1))
     ways = list(outcomes[0].runs)
     width = 0.8 / len(ways)
     for index, way in enumerate(ways):
@@ -56,12 +51,12 @@ def speeds(
     cost.grid(alpha=0.3)
     cost.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def accepted(path: Path, greedy: Sequence[Outcome], sampled: Sequence[Outcome]) -> None:
     """Draw how many tokens the steps with drafts emitted, by way."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, outcomes in zip(axes, (greedy, sampled), strict=True):
         ways = list(outcomes[0].runs)
         drafted = outcomes[0].drafted
@@ -84,7 +79,6 @@ def accepted(path: Path, greedy: Sequence[Outcome], sampled: Sequence[Outcome]) 
         axis.legend()
     axes[0].set_ylabel("share of steps")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def tree(path: Path, outcomes: Sequence[Outcome], tokenizer: Any) -> str:
@@ -110,7 +104,8 @@ def tree(path: Path, outcomes: Sequence[Outcome], tokenizer: Any) -> str:
         else:
             row[node], leaves = float(leaves), leaves + 1
     size = (3.2 * (max(depth) + 1), 0.5 * leaves + 1)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     path_nodes = set(emitted.path)
     for node, parent in enumerate(parents):
         if parent >= 0:
@@ -137,7 +132,6 @@ def tree(path: Path, outcomes: Sequence[Outcome], tokenizer: Any) -> str:
     bonus = tokenizer.decode(emitted.tokens[-1:])
     axis.set_title(f"{name}: the accepted path is green; the model adds {bonus!r}")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return f"![a draft tree of `{name}` and its accepted path]({path.name})"
 
 

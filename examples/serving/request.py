@@ -22,7 +22,9 @@ class Request:
     temperature : float
         0: the likeliest token, always.
     seed : int
-        Of the request's coins, which are its own: nobody it runs with changes its answer.
+        Of the request's coins, which are its own: nobody it runs with changes its answer, unless
+        they drive it out of memory. What it draws after that, with drafts, may be other tokens of
+        the same distribution.
     tokens : list of int
         The answer, as far as the host knows it.
     retractions : int

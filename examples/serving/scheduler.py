@@ -1,4 +1,4 @@
-"""Who runs in the next step: first the prefills, then a token for everyone, as memory allows."""
+"""Who runs in the next step: first the prefills, then everyone decodes, as memory allows."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Scheduler:
         ValueError
             If it could not run even alone.
         """
-        # While the last token is on its way another step may run, and both may overshoot.
-        most = len(request.prompt) + request.count + self._emits + self._reach - 2
+        # Before the last step all tokens but one may be known or, with a step in flight, but two.
+        most = len(request.prompt) + request.count - 3 + self._emits + self._reach
         room = min(self._pool.num_slots - 1, self._pool.max_context)
         if not request.prompt or request.count < 1 or most > room:
             message = (

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from examples.serving.compare import top_two
-from examples.serving.drafting import PLAIN, PromptLookup
+from examples.serving.drafting import NO_DRAFTS, BatchLookup
 from examples.serving.eagle import HeadDrafting
 from examples.serving.engine import Engine
 from examples.serving.request import Request
@@ -40,7 +40,7 @@ _OVERSHOOT = 12  # entries beyond prompt and answer that the steps of any kind m
 
 def kinds_of(head: EagleHead | None) -> Kinds:
     """Return every kind of decoding there is, by its name."""
-    kinds: Kinds = {"plain": PLAIN, "lookup": partial(PromptLookup, width=4)}
+    kinds: Kinds = {"plain": NO_DRAFTS, "lookup": partial(BatchLookup, width=4)}
     if head is not None:
         drafting = partial(HeadDrafting, head=head, spec_steps=3)
         kinds["EAGLE chain"] = partial(drafting, topk=1, width=4)
@@ -173,7 +173,8 @@ def serve(
         options = {"drafting": drafting}
         alone = [run([name], [bucket], overlap=False, **options)[0][0] for name in prompts]
         served.alone[kind] = {request.name: request.tokens for request in alone}
-        compare(f"{kind}, alone", "plain", alone, other_bucket=kind != "plain")
+        if kind != "plain":
+            compare(f"{kind}, alone", "plain", alone, other_bucket=True)
         sizes = fitting_buckets(bucket)
         compare(f"{kind}, buckets {sizes}", kind, run(prompts, sizes, **options)[0], True)
     order = [(kind, way) for kind in kinds for way in WAYS]

@@ -65,8 +65,9 @@ by side, in a KV pool of {served.num_slots} slots: fewer than so many may need. 
 is padded to {served.bucket} requests; trees are of one size, drafted on the device.
 
 **Each answer is that of the request alone: {"yes" if served.sound else "NO"}** ({served.compared} \
-answers). On the same bucket they are equal, token for token. Other batch sizes round otherwise: \
-there a token may differ where the two largest logits are within {TOLERANCE}. Such places: \
+answers). On the same bucket they are equal, token for token. Other batch sizes, other trees and \
+prefills after a retraction round otherwise: there a token may differ where the two largest logits \
+are within {TOLERANCE}. Such places: \
 {len(served.differences)}.{places}
 
 {table}

@@ -71,10 +71,15 @@ def plain_step(model: Model, tokens: list[int], sampling: Sampling = GREEDY) -> 
     logits, features = model.forward(batch, last=True)
     # A tree that is nothing but its root: what is verified is the token after it.
     lens = torch.tensor([model.length - 1], device=device)
-    root, none = batch[:, -1:], torch.full((1, 1), -1, device=device)
-    tree = build_tree(root, none, lens, spec_steps=0, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
+    tree = root_only(batch[:, -1:], lens)
     token = int(_verify(tree, logits, sampling).bonus_tokens)
     return Emitted([token], features, [0])
+
+
+def root_only(roots: Tensor, lens: Tensor) -> DraftTree:
+    """Return trees that are nothing but roots ``[bs, 1]``, after ``lens [bs]`` entries."""
+    none = torch.full_like(roots, -1)
+    return build_tree(roots, none, lens, spec_steps=0, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
 
 
 def tree_step(

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hwcore
+from examples.serving.step import root_only
 from hwcore.graphs import BATCH, GraphRunner, Slot
 from hwcore.overlap import FutureMap, PlanStream, RelaySpec
 from hwcore.speculative import (
     EagleVerifyWorker,
     SamplingParams,
-    TreeMaskMode,
     VerifyBatch,
-    build_tree,
     verify_sampling,
     verify_slots,
 )
@@ -66,7 +65,19 @@ class Worker:
     :class:`~hwcore.overlap.FutureMap`, and drafts; an
     :class:`~hwcore.speculative.EagleVerifyWorker` runs the model over the drafts, verifies, and
     leaves tokens and lengths in the map for the next step. Plain decoding is the same with trees
-    of one node. The parameters are those of the engine.
+    of one node.
+
+    Parameters
+    ----------
+    llama : Llama
+    pool : KVPool
+    drafting : Drafting
+    buckets : sequence of int
+        Batch sizes, ascending.
+    chunk : int
+    plan_stream : bool
+        False: steps are not prepared on a side stream, whatever the backend and its user say.
+    graphs : bool
     """
 
     def __init__(
@@ -82,8 +93,7 @@ class Worker:
         self._llama, self._pool, self._device = llama, pool, llama.device
         self._drafting, self._buckets, self._chunk = drafting, buckets, chunk
         self._hw = hwcore.current_backend()
-        wanted = None if plan_stream else False
-        self._plan = PlanStream(backend=self._hw, enabled=wanted)
+        self._plan = PlanStream(backend=self._hw, enabled=None if plan_stream else False)
         spec = RelaySpec(pool_size=pool.num_rows, **drafting.relay)
         self._relay = FutureMap(spec, backend=self._hw)
         self._graphs = self._capture() if graphs else None
@@ -95,7 +105,7 @@ class Worker:
             move_kv=pool.move if drafting.branches else None,
             spec_steps=drafting.spec_steps,
             num_slots=pool.num_slots,
-            plan_stream=wanted,
+            plan_stream=False,  # between drafting and verifying the main stream has nothing to do
             backend=self._hw,
         )
         self._slots: Tensor | None = None  # of the step that is being submitted
@@ -170,9 +180,9 @@ class Worker:
 
     def _after(self, newest: Tensor, lens: Tensor, logits: Tensor, prepared: _Prepared) -> Tensor:
         """Choose the token after a text, ``[1, 1]``: by a tree that is nothing but its root."""
-        none = torch.full_like(newest, -1)
-        tree = build_tree(newest, none, lens, spec_steps=0, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
-        result = verify_sampling(tree, logits, prepared.sampling, seeds=prepared.seeds)
+        result = verify_sampling(
+            root_only(newest, lens), logits, prepared.sampling, seeds=prepared.seeds
+        )
         return result.bonus_tokens.unsqueeze(1)
 
     def _decode(self, prepared: _Prepared, bounds: list[int]) -> Tensor:

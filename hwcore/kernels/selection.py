@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from hwcore.errors import ArgumentTypeError, describe
 from hwcore.kernels.torch_ops import KERNEL_MARK, torch_ops
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ def kernel(backend: Backend, reference: F) -> F:
     A reference that takes ``ops`` is given the backend's :class:`TorchOps`, unless those are all
     torch's own. Chosen once for each backend and operation.
     """
-    chosen = _chosen.setdefault(backend, {})
     name = reference.__name__
+    if isinstance(cast("object", backend), str):
+        fix = "Pass load_backend(name), or leave it out"
+        raise ArgumentTypeError(describe(name, "backend", backend, "a Backend", fix))
+    chosen = _chosen.setdefault(backend, {})
     if name in chosen:
         known: F = chosen[name]
         return known

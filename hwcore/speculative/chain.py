@@ -140,7 +140,9 @@ def verify_chain(
             coins, ends = _drawn(seeds, seq_lens, size, block_verification)
         assert coins is not None
         drafts = candidates[:, 1:]
-        chances = ops.gather(draft_probs, 2, drafts.unsqueeze(2)).squeeze(2)
+        # What lies beyond the vocabulary has no chance with the target: `target_chance`.
+        known = drafts.clamp(0, logits.shape[2] - 1).unsqueeze(2)
+        chances = ops.gather(draft_probs, 2, known).squeeze(2)
         chances = torch.where((chances > 0) & (chances <= 1), chances, 0.0)
         chances = torch.where(greedy.unsqueeze(1), 1.0, chances)
         chain = Chain(drafts, chances, coins, draft_probs, greedy, ops)

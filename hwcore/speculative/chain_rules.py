@@ -55,7 +55,8 @@ class Chain:
 
         def measure(probs: Tensor, of_rows: Select) -> Tensor:
             drafts: Tensor = of_rows(self.drafts[:, step : step + 1])
-            chance: Tensor = self.ops.gather(probs, 1, drafts)
+            known = drafts.clamp(0, probs.shape[1] - 1)
+            chance = torch.where(drafts == known, self.ops.gather(probs, 1, known), 0.0)
             return chance.squeeze(1)
 
         return measure

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from hwcore._checks import check_tensor
+from hwcore._checks import check_size, check_tensor
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
 if TYPE_CHECKING:
@@ -112,6 +112,9 @@ def block_positions(root_positions: Tensor, n: int) -> Tensor:
     -----
     Mutates: none. Host sync: no. Graph-safe: yes.
     """
+    where, form = "block_positions", [("bs", None)]
+    check_tensor(where, "root_positions", root_positions, (torch.int64, torch.int32), form)
+    check_size(where, "n", n, 0, "Pass the tokens of the block")
     distance = torch.arange(n, device=root_positions.device)
     # Times -2^16, for a product keeps its sign where a shift would be of its bits.
     return root_positions.to(torch.int64).unsqueeze(1) * -(2**16) - 1 - distance

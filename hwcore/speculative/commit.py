@@ -10,14 +10,14 @@ import torch
 from hwcore._checks import FLOATS, check_instance, check_size, check_tensor, check_values, may_read
 from hwcore.kernels import commit_paths, kernel
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
-from hwcore.speculative.tree import DraftTree
-from hwcore.speculative.verify import VerifyResult
+from hwcore.speculative.verify import VerifyResult, check_form
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hwcore.backend import Backend
     from hwcore.kernels.torch_ops import TorchOps
+    from hwcore.speculative.tree import DraftTree
 
 _WHERE = "commit"
 
@@ -124,7 +124,12 @@ def commit(
     hidden = None
     with explains_missing(backend):
         tokens, new_lens, keep_lens, kv_src, kv_dst = kernel(backend, commit_paths)(
-            result.predict, result.accept_index, result.accept_lens, seq_lens, cache_locs, page_size
+            result.predict,
+            result.accept_index,
+            result.accept_lens,
+            seq_lens,
+            cache_locs,
+            page_size,
         )
         if hidden_states is not None:
             hidden = _of_path(hidden_states, result.accept_index, torch_ops(backend))
@@ -158,7 +163,7 @@ def _check(
     pool_size: int | None,
     hidden_states: Tensor | None,
 ) -> None:
-    check_instance(_WHERE, "tree", tree, DraftTree, "build_tree")
+    check_form(_WHERE, tree)
     check_instance(_WHERE, "result", result, VerifyResult, "verify_greedy")
     (bs, n), width = tree.draft_tokens.shape, tree.spec_steps + 1
     device = tree.draft_tokens.device
@@ -180,21 +185,29 @@ def _check(
         shape = [*nodes, ("hidden", None)]
         check_tensor(_WHERE, "hidden_states", hidden_states, FLOATS, shape, device)
     if may_read(seq_lens):
-        _check_content(result, seq_lens, n)
+        _check_content(tree, result, seq_lens)
         if cache_locs is not None:
             _check_slots(seq_lens, cache_locs, page_size, pool_size)
 
 
-def _check_content(result: VerifyResult, seq_lens: Tensor, n: int) -> None:
+def _check_content(tree: DraftTree, result: VerifyResult, seq_lens: Tensor) -> None:
+    n, parents = tree.draft_tokens.shape[1], tree.parents.cpu()
     fix = "Pass the lengths that build_tree got"
     check_values(_WHERE, "seq_lens", seq_lens, seq_lens < 0, "at least 0", fix)
+    past = seq_lens.to(torch.int64) + result.accept_lens > torch.iinfo(seq_lens.dtype).max
+    expected = f"room for accept_lens more in {seq_lens.dtype}"
+    check_values(_WHERE, "seq_lens", seq_lens, past, expected, "Pass int64")
     index = result.accept_index.cpu()
     request = torch.arange(index.shape[0]).unsqueeze(1)
     # Column 0 is the root itself; -1 may only follow it. // rounds down, so -1 belongs to no one.
     bad = (index // n != request) & (index != -1)
     bad[:, 0] |= index[:, 0] != request[:, 0] * n
     fix = "Pass the result of verifying this very tree"
-    expected = f"the request's own node ({n} a request), root first, or -1 after it"
+    # A path: after the root each node is a child of the one before, so that -1 ends it.
+    local = torch.where(index >= 0, index - request * n, -1)
+    parent = parents.gather(1, local[:, 1:].clamp(0, n - 1))
+    bad[:, 1:] |= (local[:, 1:] >= 0) & (parent != local[:, :-1])
+    expected = f"a path of the request's own nodes ({n} a request) from its root, or -1 after it"
     check_values(_WHERE, "result.accept_index", index, bad, expected, fix)
     lens, counted = result.accept_lens.cpu(), (index >= 0).sum(1)
     expected = "the number of nodes in its row of accept_index"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import collections.abc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import FLOATS, check_size, check_tensor
+from hwcore._checks import FLOATS, check_range, check_size, check_tensor, may_read
 from hwcore.activation import current_backend
-from hwcore.errors import ArgumentValueError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
 
 if TYPE_CHECKING:
@@ -168,6 +169,10 @@ def _check_lists(
     scores: Sequence[Tensor], tokens: Sequence[Tensor], parents: Sequence[Tensor]
 ) -> tuple[int, int]:
     where = "organize_draft_results"
+    for name, value in (("scores", scores), ("tokens", tokens), ("parents", parents)):
+        if not isinstance(value, collections.abc.Sequence):
+            fix = "Pass the lists of DraftSteps"
+            raise ArgumentTypeError(describe(where, name, value, "a list of tensors", fix))
     lengths = len(scores), len(tokens), len(parents)
     if len(set(lengths)) != 1 or not lengths[0]:
         expected, fix = "lists of one length, an entry a step", "Pass the lists of DraftSteps"
@@ -183,4 +188,9 @@ def _check_lists(
         check_tensor(where, f"tokens[{step}]", tokens[step], int64, form, device)
         form = [("bs", bs), ("beam", topk + 1 if step == 0 else topk)]
         check_tensor(where, f"parents[{step}]", parents[step], int64, form, device)
+        if may_read(parents[step]):
+            most = topk + topk * topk * step  # candidates up to this step
+            expected = f"a candidate of this step or one before, in [0, {most})"
+            what, fix = f"the beam in parents[{step}]", "Pass the lists of DraftSteps"
+            check_range(where, what, parents[step][:, -topk:], 0, most, expected, fix)
     return bs, topk

@@ -125,7 +125,7 @@ class DraftSteps:
         check_tensor(where, "probs", probs, FLOATS, form, device)
         check_tensor(where, "tokens", tokens, (torch.int64,), form, device)
         scores = self._beam.scores.unsqueeze(2) * _chances(probs)  # [bs, topk, topk]
-        flat, proposed = scores.view(bs, -1), tokens.reshape(bs, -1)
+        flat, proposed = (each.reshape(bs, topk * topk) for each in (scores, tokens))
         # The candidates of this step are numbered after those of the steps before.
         offset = topk + topk * topk * (len(self.tokens) - 1)
         if topk == 1:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hwcore._checks import check_size
+from hwcore._checks import check_callable, check_size
 from hwcore.errors import ArgumentValueError, describe
 from hwcore.kernels import torch_ops
 from hwcore.overlap.relay import RelayPayload
@@ -56,6 +56,8 @@ class Finisher:
         broadcast: ResultBroadcast | None,
     ) -> None:
         check_size(where, "page_size", page_size, 1, "Pass the page size of the KV pool")
+        check_callable(where, "draft_extend", draft_extend, "Pass a function of a VerifyStep")
+        check_callable(where, "move_kv", move_kv, "Pass a function of slots and slots")
         needed = [name for name in ("topk", "draft_probs") if getattr(spec, name)]
         if needed and draft_extend is None:
             expected, fix = f"a callable, for relay holds {' and '.join(needed)}", "Pass it"

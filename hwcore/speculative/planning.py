@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hwcore import _env
-from hwcore._checks import check_tensor
+from hwcore._checks import check_instance, check_size, check_tensor
 from hwcore.errors import ArgumentValueError, CapabilityError, describe
 from hwcore.fence import StreamFence
 from hwcore.graphs.prepared import Verdict
@@ -142,6 +142,11 @@ class Planner:
         plan_stream: bool | None,
     ) -> None:
         int32, int64 = torch.int32, torch.int64
+        check_instance(where, "tree_mask_mode", tree_mask_mode, TreeMaskMode, "TreeMaskMode")
+        if spec_steps is not None:
+            check_size(where, "spec_steps", spec_steps, 0, "Pass the greatest depth of a tree")
+        if num_slots is not None:
+            check_size(where, "num_slots", num_slots, 1, "Pass the slots of the KV pool")
         if req_to_token is not None:
             form = [("pool", None), ("max_context", None)]
             check_tensor(where, "req_to_token", req_to_token, (int64, int32), form, device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
+
+from hwcore._checks import is_captured
 from hwcore.errors import ArgumentTypeError, CaptureError, describe
-from hwcore.graphs.tape import is_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,7 +92,7 @@ class HostLogitProcessor:
         CaptureError
             While a graph is being captured.
         """
-        if is_capturing():
+        if is_captured(rows.logits):
             message = (
                 f"hwcore: {self.why_not_captured}, which a graph cannot hold; expected a "
                 f"processor on the device. Do not capture it."
@@ -100,4 +102,10 @@ class HostLogitProcessor:
             self.host_syncs += 1
         requests: Sequence[int] = rows.requests.tolist()
         paths = [[t for t in path if t >= 0] for path in rows.path_tokens.tolist()]
-        return self._function(rows.logits.cpu(), list(requests), paths).to(rows.logits.device)
+        processed = self._function(rows.logits.cpu(), list(requests), paths)
+        if not isinstance(processed, torch.Tensor):
+            what, fix = f"what `{self.name}` returned", "Return the logits, changed"
+            raise ArgumentTypeError(
+                describe("HostLogitProcessor", what, processed, "a tensor", fix)
+            )
+        return processed.to(rows.logits.device)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_range, check_tensor, may_read
+from hwcore._checks import check_callable, check_instance, check_range, check_tensor, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.selection import kernel
@@ -199,13 +199,17 @@ def _check(
     check_logits(_WHERE, "logits", logits, tree)
     check_instance(_WHERE, "params", params, SamplingParams, "SamplingParams.of")
     params.check(_WHERE, len(tree.draft_tokens), tree.draft_tokens.device)
+    check_rules(_WHERE, threshold_single, threshold_acc, processor)
+
+
+def check_rules(where: str, threshold_single: object, threshold_acc: object, proc: object) -> None:
+    """Raise unless thresholds and logit processor are as ``verify_sampling`` takes them."""
     thresholds = {"threshold_single": threshold_single, "threshold_acc": threshold_acc}
     for name, value in thresholds.items():
         fix = "Pass 1.0 for the target's own distribution"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ArgumentTypeError(describe(_WHERE, name, value, "a number in [0, 1]", fix))
+            raise ArgumentTypeError(describe(where, name, value, "a number in [0, 1]", fix))
         if not 0 <= value <= 1:
-            raise ArgumentValueError(describe(_WHERE, name, value, "a number in [0, 1]", fix))
-    if processor is not None and not callable(processor):
-        fix = "Pass a function of WalkedRows, or a HostLogitProcessor"
-        raise ArgumentTypeError(describe(_WHERE, "processor", processor, "a callable", fix))
+            raise ArgumentValueError(describe(where, name, value, "a number in [0, 1]", fix))
+    fix = "Pass a function of WalkedRows, or a HostLogitProcessor"
+    check_callable(where, "processor", proc, fix)

@@ -195,7 +195,7 @@ def _tensor(name: str, values: Sequence[float | None], bs: int | None) -> Tensor
         if number is None or isinstance(number, bool) or not isinstance(number, kinds):
             what = f"{name}[{request}]"
             raise ArgumentTypeError(describe(_OF, what, value, kind.expected, kind.fix))
-        numbers.append(max(min(number, _FAR), -_FAR) if kinds == (int,) else number)
+        numbers.append(max(min(number, _FAR), -_FAR) if type(number) is int else number)
     column = torch.tensor(numbers, dtype=kind.dtype)
     kind.check(_OF, name, column)
     return column

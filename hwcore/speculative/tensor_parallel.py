@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
-from hwcore.errors import CaptureError, PeerError
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, PeerError, describe
 from hwcore.speculative.verify import VerifyResult
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ class ResultBroadcast:
     """
 
     def __init__(self, group: ProcessGroup, backend: Backend, timeout_s: float = 60.0) -> None:
+        where, what, fix = "EagleVerifyWorker", "timeout_s", "Pass seconds, such as 60.0"
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+            raise ArgumentTypeError(describe(where, what, timeout_s, "a number", fix))
+        if not 0 < timeout_s < math.inf:
+            expected = "a finite number above 0"
+            raise ArgumentValueError(describe(where, what, timeout_s, expected, fix))
         self._group, self._hw = group, backend
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._source = distributed.get_global_rank(group, 0)

@@ -160,7 +160,7 @@ def build_tree(
     return DraftTree(
         draft_tokens=draft_tokens,
         parents=parents,
-        positions=positions.view(-1),
+        positions=positions.flatten(),
         tree_mask=mask,
         retrieve_index=torch.arange(bs * num_draft_tokens, device=parents.device).view_as(parents),
         retrieve_next_token=next_token,

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_range, check_tensor, check_values, may_read
+from hwcore._checks import (
+    check_instance,
+    check_range,
+    check_size,
+    check_tensor,
+    check_values,
+    may_read,
+)
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.selection import kernel
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["VerifyResult", "VerifyStatus", "check_logits", "check_tree", "verify_greedy"]
 
 _WHERE = "verify_greedy"
+_INTS = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -164,7 +172,7 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
 
 def check_tree(where: str, tree: object) -> None:
     """Raise unless ``tree`` is a DraftTree whose links, in each request, are its parents'."""
-    check_instance(where, "tree", tree, DraftTree, "build_tree")
+    check_form(where, tree)
     assert isinstance(tree, DraftTree)
     parents, first, sibling = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
     if not may_read(parents):
@@ -184,7 +192,13 @@ def check_tree(where: str, tree: object) -> None:
         (first != -1) & (of_first != node),
         (sibling != -1) & ((of_sibling != parents) | (parents < 0)),
     ]
-    if not bool((bad[0] | bad[1] | bad[2] | foreign[0] | foreign[1]).any()):
+    # Links lead to every child once: a kernel that follows them must not miss one.
+    linked = torch.zeros(parents.shape[0], n + 1, dtype=torch.int64)
+    for links in (first, sibling):
+        there = torch.where((links < 0) | (links >= n), n, links).to(torch.int64)
+        linked.scatter_add_(1, there, torch.ones_like(there))
+    lost = (parents >= 0) & (linked[:, :n] != 1)
+    if not bool((bad[0] | bad[1] | bad[2] | foreign[0] | foreign[1] | lost).any()):
         return
     # A parent before its child and a sibling after it: no way through the tree comes back.
     below = f"-1 or a node before it, of {n} in its request"
@@ -196,3 +210,19 @@ def check_tree(where: str, tree: object) -> None:
     check_values(where, "tree.retrieve_next_token", first, foreign[0], "a child of its node", fix)
     expected = "another child of the same parent"
     check_values(where, "tree.retrieve_next_sibling", sibling, foreign[1], expected, fix)
+    expected = "one link to each node that has a parent, from it or from a sibling"
+    check_values(where, "links to a node of tree", linked[:, :n], lost, expected, fix)
+
+
+def check_form(where: str, tree: object) -> None:
+    """Raise unless ``tree`` is a DraftTree whose tensors have the shapes that its class says."""
+    check_instance(where, "tree", tree, DraftTree, "build_tree")
+    assert isinstance(tree, DraftTree)
+    tokens = tree.draft_tokens
+    check_tensor(where, "tree.draft_tokens", tokens, _INTS, [("bs", None), ("N", None)])
+    (bs, n), device = tokens.shape, tokens.device
+    for name in ("parents", "retrieve_next_token", "retrieve_next_sibling"):
+        form = [("bs", bs), ("N", n)]
+        check_tensor(where, f"tree.{name}", getattr(tree, name), _INTS, form, device)
+    check_tensor(where, "tree.positions", tree.positions, _INTS, [("bs * N", bs * n)], device)
+    check_size(where, "tree.spec_steps", tree.spec_steps, 0, "Pass what build_tree returned")

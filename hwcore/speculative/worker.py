@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hwcore._checks import check_instance
-from hwcore.errors import ArgumentValueError, CapabilityError, describe
+from hwcore.backend import Backend
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CapabilityError, describe
+from hwcore.fence import StreamFence
+from hwcore.graphs import GraphRunner
 from hwcore.graphs.prepared import Verdict
 from hwcore.overlap import FutureMap
 from hwcore.speculative.batch import VerifyBatch, VerifyStep, check_batch
 from hwcore.speculative.finishing import Finisher
 from hwcore.speculative.inputs import names_of
 from hwcore.speculative.planning import Inputs, Planner, PreparedBatch
+from hwcore.speculative.sampling import check_rules
 from hwcore.speculative.tensor_parallel import ResultBroadcast
 from hwcore.speculative.tree import TreeMaskMode
 from hwcore.speculative.turns import Turns, are_in
@@ -25,9 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from hwcore.backend import Backend
-    from hwcore.fence import StreamFence
-    from hwcore.graphs import GraphRunner
     from hwcore.overlap import RelayPayload
 
 __all__ = ["EagleVerifyWorker"]
@@ -178,10 +180,21 @@ class EagleVerifyWorker:
         fence: StreamFence | None = None,
         backend: Backend | None = None,
     ) -> None:
+        from torch.distributed import ProcessGroup
+
         from hwcore.activation import current_backend
 
         check_instance(_WHERE, "relay", relay, FutureMap, "FutureMap(RelaySpec(...))")
         self._names = names_of(_WHERE, forward)
+        check_rules(_WHERE, threshold_single, threshold_acc, processor)
+        for name, value, kind, maker in (
+            ("runner", runner, GraphRunner, "GraphRunner(...)"),
+            ("group", group, ProcessGroup, "torch.distributed.new_group"),
+            ("fence", fence, StreamFence, "StreamFence(...)"),
+            ("backend", backend, Backend, "load_backend"),
+        ):
+            if value is not None:
+                check_instance(_WHERE, name, value, kind, maker)
         hw = backend or current_backend()
         self._forward, self._relay, self._runner = forward, relay, runner
         self._device = relay.device
@@ -344,10 +357,15 @@ class EagleVerifyWorker:
         """
         self._turns.check_open("vacate")
         pool_size = self._relay.spec.pool_size
+        where, fix = f"{_WHERE}.vacate", "Pass rows of the request pool"
+        if not isinstance(rows, collections.abc.Sequence):
+            raise ArgumentTypeError(describe(where, "rows", rows, "a list of ints", fix))
+        if len(set(rows)) != len(rows):
+            raise ArgumentValueError(describe(where, "rows", rows, "none twice", fix))
         for row in rows:
             if type(row) is not int or not 0 < row < pool_size:
-                expected, fix = f"ints in [1, {pool_size})", "Pass rows of the request pool"
-                raise ArgumentValueError(describe(f"{_WHERE}.vacate", "rows", rows, expected, fix))
+                expected = f"ints in [1, {pool_size})"
+                raise ArgumentValueError(describe(where, "rows", rows, expected, fix))
         if rows:
             # Made there: nothing is copied from the host, which would have to keep it.
             parts = [torch.full((1,), row, device=self._device) for row in rows]

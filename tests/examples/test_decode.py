@@ -7,7 +7,7 @@ from examples.serving import sizing
 from examples.serving.compare import PLAIN, Outcome, compare, top_two
 from examples.serving.decode import Answer, decode
 from examples.serving.drafters import Eagle, PromptLookup
-from examples.serving.eagle import EagleDrafter
+from examples.serving.eagle import HeadRunner
 from examples.serving.model import Model
 from examples.serving.report import write
 from examples.serving.step import Sampling, plain_step, tree_step
@@ -93,7 +93,7 @@ def test_measured_costs_and_the_cache_they_leave(tiny):
 
 
 def eagle(head, model, topk, sizes, spec_steps=4) -> Eagle:
-    return Eagle(EagleDrafter(head, 1 + model.slots.shape[1], topk, spec_steps), model, sizes)
+    return Eagle(HeadRunner(head, model.num_slots, topk, spec_steps), model, sizes)
 
 
 @pytest.mark.parametrize(("topk", "size"), [(1, 2), (1, 5), (3, 4), (4, 16)])

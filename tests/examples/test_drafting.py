@@ -4,23 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from examples.serving.drafting import PromptLookup
+from examples.serving.drafting import BatchLookup
+
+from ._drafts import continuation
 
 CONTEXT = 40
-
-
-def by_hand(text, width):
-    """The draft as its definition says, one text at a time."""
-    best = (0, 0)
-    for place in range(1, len(text)):
-        agreement = 0
-        while agreement < min(PromptLookup.longest, place) and (
-            text[place - 1 - agreement] == text[len(text) - 1 - agreement]
-        ):
-            agreement += 1
-        best = max(best, (agreement, place))
-    follows = text[best[1] :][: width - 1] if best[0] else []
-    return [text[-1], *follows]
 
 
 @pytest.fixture
@@ -29,7 +17,7 @@ def lookup(hw):
         """Rows 1, 2, … hold the texts, and what an earlier request left behind them."""
         table = torch.zeros(len(texts) + 1, CONTEXT, device=hw.device())
         pool = SimpleNamespace(num_rows=len(table), max_context=CONTEXT, table=table)
-        made = PromptLookup(pool, width)
+        made = BatchLookup(pool, width)
         made._text.fill_(1)
         rows = torch.arange(1, len(texts) + 1, device=hw.device())
         longest = max(map(len, texts))
@@ -51,7 +39,7 @@ def test_drafts_of_a_ragged_batch_are_those_of_the_definition(lookup, width, voc
     made, rows, lens, roots = lookup(texts, width)
     tokens, parents = (t.tolist() for t in made.continuations(rows, lens, roots))
     for text, nodes, links in zip(texts, tokens, parents, strict=True):
-        expected = by_hand(text, width)
+        expected = continuation(text, width)
         assert nodes[: len(expected)] == expected
         assert links == [*range(-1, len(expected) - 1)] + [-1] * (width - len(expected))
         assert set(nodes[len(expected) :]) <= {text[-1]}, "padding holds a token of the model's"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from examples.eagle_head import layout, network, rows
 from examples.eagle_head.head import EagleHead
 from examples.eagle_head.layout import Shape
-from examples.serving.eagle import EagleDrafter
+from examples.serving.eagle import HeadRunner
 
 SHAPE = Shape(
     hidden=24,
@@ -208,7 +208,7 @@ def _text():
 def drafted(head, text, topk, size):
     """Tokens and parents that are drafted after a text whose root is token 7, on the library."""
     tokens, features = text
-    drafter = EagleDrafter(head, 60, topk, spec_steps=4)
+    drafter = HeadRunner(head, 60, topk, spec_steps=4)
     slots = torch.arange(1, 60).unsqueeze(0)
     seed = drafter.extend(tokens, features, torch.tensor([0]), slots, torch.tensor([5]))
     nodes, parents, _ = drafter.draft(seed, torch.tensor([7]), torch.tensor([5]), slots, size)
@@ -269,7 +269,7 @@ def test_a_chain_is_the_likeliest_token_after_the_likeliest(hw, head, text):
 
 def test_drafting_leaves_no_trace_in_the_text(hw, head, text):
     tokens, features = text
-    drafter, slots = EagleDrafter(head, 60, 4, spec_steps=4), torch.arange(1, 60).unsqueeze(0)
+    drafter, slots = HeadRunner(head, 60, 4, spec_steps=4), torch.arange(1, 60).unsqueeze(0)
     lens, root = torch.tensor([5]), torch.tensor([7])
     seed = drafter.extend(tokens, features, torch.tensor([0]), slots, lens)
     before = drafter.draft(seed, root, lens, slots, 5)

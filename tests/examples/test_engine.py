@@ -1,5 +1,6 @@
 """Many requests at once: the same tokens as each alone, whatever is overlapped or captured."""
 
+import copy
 import itertools
 import random
 import time
@@ -9,15 +10,16 @@ import pytest
 import torch
 
 from examples.serving.decode import decode
-from examples.serving.drafters import Eagle
-from examples.serving.drafting import PLAIN, PromptLookup
-from examples.serving.eagle import EagleDrafter, HeadDrafting
+from examples.serving.drafting import NO_DRAFTS, BatchLookup
+from examples.serving.eagle import HeadDrafting, HeadRunner
 from examples.serving.engine import Engine
 from examples.serving.model import Model
 from examples.serving.request import Request
 from examples.serving.step import Sampling
 from examples.serving.worker import Worker
 from hwcore.testing.fixtures import race_sanitizer  # noqa: F401  a fixture
+
+from ._drafts import continuation
 
 CONTEXT = 96
 WAYS = {
@@ -70,8 +72,8 @@ def run(llama, asked, num_slots=600, **options):
 @pytest.fixture(params=["plain", "lookup", "chain", "tree"])
 def drafting(request, head):
     return {
-        "plain": PLAIN,
-        "lookup": partial(PromptLookup, width=4),
+        "plain": NO_DRAFTS,
+        "lookup": partial(BatchLookup, width=4),
         "chain": partial(HeadDrafting, head=head, topk=1, spec_steps=3, width=4),
         "tree": partial(HeadDrafting, head=head, topk=3, spec_steps=4, width=8),
     }[request.param]
@@ -130,7 +132,7 @@ def test_a_pool_that_is_too_small_for_all_retracts_and_changes_no_token(
 
 def test_more_requests_than_rows_take_rows_that_others_have_left(llama, answers):
     asked = requests(6)
-    run(llama, asked, buckets=(2,), drafting=partial(PromptLookup, width=4))
+    run(llama, asked, buckets=(2,), drafting=partial(BatchLookup, width=4))
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
@@ -142,32 +144,81 @@ def test_the_relay_finds_every_row_written_once_and_read_once(llama, monkeypatch
     assert sum(r.retractions for r in asked) > 0
 
 
-def test_the_text_on_the_device_is_the_prompt_and_the_answer(llama, way):
-    """What is drafted from; were it another one, the tokens would still be right, and slow."""
-    request = requests(1)[0]
-    lookup = partial(PromptLookup, width=4)
-    engine = run(llama, [request], buckets=(1,), drafting=lookup, **way)
-    text = request.prompt + request.tokens
-    assert engine.worker._drafting._text[1, : len(text)].tolist() == text
+@pytest.fixture
+def drafts(monkeypatch):
+    """Every draft of an engine: whose, after how many entries, its nodes, their parents."""
+    seen, submit = [], Worker.submit
+
+    def watched(drafting):
+        def make(pool):
+            made = drafting(pool)
+            draft = made.draft
+
+            def drafted(rows, lens, relayed, slots):
+                tokens, parents = draft(rows, lens, relayed, slots)
+                seen.append([lens.tolist(), tokens.tolist(), parents.tolist()])
+                return tokens, parents
+
+            made.draft = drafted
+            return made
+
+        return make
+
+    def submitting(worker, batch, prepared):
+        step = submit(worker, batch, prepared)
+        if not batch.chunk:
+            seen[-1].insert(0, batch.requests)
+        return step
+
+    monkeypatch.setattr(Worker, "submit", submitting)
+    watched.all = lambda: [each for step in seen for each in zip(*step, strict=False)]
+    return watched
+
+
+def hard_requests(llama):
+    """Some prompts take several chunks. With them what their texts are, further than asked."""
+    asked = requests(8)
+    asked[0].prompt = list(range(19)) * 2
+    model = Model(llama, 200)
+    return asked, {r.name: r.prompt + decode(model, r.prompt, r.count + 9).tokens for r in asked}
 
 
 @pytest.mark.parametrize(("topk", "width"), [(1, 4), (3, 8)])
-def test_a_head_drafts_for_a_request_what_it_drafts_for_a_text(llama, head, topk, width, way):
-    """A feature or an entry of the head's that is lost costs drafts, not tokens: steps are counted.
-
-    A prompt of several chunks, and one that is retracted and comes back.
-    """
-    asked = requests(6)
-    asked[0].prompt = list(range(19)) * 2
-    drafting = partial(HeadDrafting, head=head, topk=topk, spec_steps=3, width=width)
+def test_a_head_drafts_for_requests_what_it_drafts_for_each_text(
+    llama, head, drafts, topk, width, way
+):
+    """What the head has lost of a text costs drafts, not tokens, so that they are compared."""
+    asked, texts = hard_requests(llama)
+    drafting = partial(HeadDrafting, head=head, topk=topk, spec_steps=4, width=width)
+    run(llama, asked, num_slots=92, drafting=drafts(drafting), **way)
     model = Model(llama, 200, head.shape.taps)
-    for request in asked:
-        request.arrival, request.end = 0, None
-        engine = run(llama, [request], drafting=drafting, **way)
-        drafter = Eagle(EagleDrafter(head, 1 + model.slots.shape[1], topk, 3), model, (1, width))
-        alone = decode(model, request.prompt, request.count, drafter)
-        assert engine.timing.decodes - len(alone.sizes) in ((0, 1) if way["overlap"] else (0,))
-        assert request.tokens == alone.tokens
+    runner = HeadRunner(head, model.num_slots, topk, 4)
+
+    def on(*numbers):
+        return torch.tensor([numbers], device=llama.device)
+
+    for request, entries, tokens, parents in drafts.all():
+        text, count = texts[request.name], on(entries)[0]
+        model.length = 0
+        with torch.inference_mode():
+            features = model.forward(on(*text[:entries]))[1]
+            start = runner.extend(
+                on(*text[1 : entries + 1]), features, on(0)[0], model.slots, count
+            )
+            root = on(text[entries])[0]
+            expected = runner.draft(start, root, count, model.slots, width)[:2]
+        assert [tokens, parents] == [found[0].tolist() for found in expected]
+    assert sum(r.retractions for r in asked) > 3
+
+
+def test_lookup_drafts_for_requests_what_it_drafts_for_each_text(llama, drafts, way):
+    asked, texts = hard_requests(llama)
+    run(llama, asked, num_slots=92, drafting=drafts(partial(BatchLookup, width=4)), **way)
+    for request, entries, tokens, parents in drafts.all():
+        expected = continuation(texts[request.name][: entries + 1], 4)
+        assert tokens[: len(expected)] == expected
+        assert parents == [*range(-1, len(expected) - 1)] + [-1] * (4 - len(expected))
+    assert sum(r.retractions for r in asked) > 3
 
 
 HEAT = 0.0, 0.8, 1.3
@@ -225,12 +276,13 @@ def test_the_hosts_gap_is_what_it_does_between_two_steps_without_its_waits(llama
 def test_with_overlap_a_step_is_submitted_before_the_tokens_of_the_last_are_here(llama, overlap):
     engine, log = Engine(llama, 200, CONTEXT, buckets=(4,), chunk=16, overlap=overlap), []
     submit, collect = engine.worker.submit, engine._collect
-    known = {}
+    known, steps = {}, []
 
     def submitting(batch, prepared):
         log.append(("submit", len(known)))
         step = submit(batch, prepared)
         known[id(step)] = len(known)
+        steps.append(step)  # so that no other gets its id
         return step
 
     def collecting(step):
@@ -244,6 +296,15 @@ def test_with_overlap_a_step_is_submitted_before_the_tokens_of_the_last_are_here
     if overlap:
         kinds = ["submit", "submit", "collect", "submit", "collect", "collect"]
     assert log == list(zip(kinds, order, strict=True))
+
+
+def test_more_positions_than_the_model_is_prepared_for_are_refused(llama, head):
+    with pytest.raises(ValueError, match="max_context is 513; expected at most the 512 positions"):
+        Engine(llama, 100, 513)
+    short = copy.copy(head)
+    short.max_context = 95
+    with pytest.raises(ValueError, match="max_context is 96; expected at most the 95 positions"):
+        run(llama, [], drafting=partial(HeadDrafting, head=short, topk=1, spec_steps=3, width=4))
 
 
 def test_nothing_races(llama, answers, race_sanitizer, drafting, way):  # noqa: F811

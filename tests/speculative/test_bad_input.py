@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -234,7 +236,12 @@ def test_commit_names_what_is_wrong(changed, error, message):
         (
             {"accept_index": ints([[0, -1, -1], [-1, -1, -1]], torch.int32)},
             ArgumentValueError,
-            r"result\.accept_index\[1, 0\] got -1 .*root first",
+            r"result\.accept_index\[1, 0\] got -1 .*from its root",
+        ),
+        (
+            {"accept_index": ints([[0, -1, 2], [3, -1, -1]], torch.int32)},
+            ArgumentValueError,
+            r"result\.accept_index\[0, 2\] got 2 .*a path of the request's own nodes",
         ),
         (
             {"accept_lens": ints([1, 2], torch.int32)},
@@ -254,6 +261,33 @@ def test_commit_checks_a_foreign_result(changed, error, message):
     }
     with pytest.raises(error, match=r"^commit: " + message):
         commit(build(), VerifyResult(**(fields | changed)), ints([4, 0]))
+
+
+def test_a_length_that_grows_past_its_dtype_is_named():
+    tree = build()
+    lens = ints([2**31 - 1, 0], torch.int32)
+    with pytest.raises(ArgumentValueError, match=r"seq_lens\[0\] got 2147483647 .*Pass int64"):
+        commit(tree, verify_greedy(tree, ints(TOKENS)), lens)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("retrieve_next_token", ints([-1] * 6).view(2, 3), r"one link to each node"),
+        ("retrieve_next_token", ints([-1, -1]), r"retrieve_next_token\.dim\(\) got 1"),
+        ("parents", None, r"parents got None"),
+        ("positions", ints([1, 2]), r"positions\.shape got \[2\]"),
+        ("spec_steps", -1, r"spec_steps got -1"),
+    ],
+)
+def test_a_tree_that_was_changed_is_named_by_all_that_take_one(name, value, message):
+    tree = build()
+    changed = dataclasses.replace(tree, **{name: value})
+    with pytest.raises((ArgumentTypeError, ArgumentValueError), match=message):
+        verify_greedy(changed, ints(TOKENS))
+    if "link" not in message:  # of which commit makes no use
+        with pytest.raises((ArgumentTypeError, ArgumentValueError), match=message):
+            commit(changed, verify_greedy(tree, ints(TOKENS)), ints([4, 0]))
 
 
 def test_debug_extends_the_checks_to_devices(unread, monkeypatch):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hwcore.graphs import BATCH, TOKENS_PER_REQUEST, GraphRunner, Slot
 from hwcore.graphs.tape import Tape
 from hwcore.speculative import (
     SamplingParams,
@@ -85,6 +86,28 @@ def test_captured_sampling_follows_its_inputs(device, watched):
         tape.replay()
         for got, want in zip(outputs, sampled_step(*fresh), strict=True):
             assert torch.equal(got, want)
+
+
+def test_debugging_reads_nothing_into_a_graph_of_the_devices_own(hw, device, monkeypatch):
+    monkeypatch.setenv("HWCORE_DEBUG", "1")
+    tokens, _, _, logits, seeds, *_ = sampled(device, 1)
+
+    def step(tokens, logits):
+        parents = torch.arange(-1, tokens.shape[1] - 1, device=device).expand_as(tokens)
+        lens = torch.ones_like(seeds)
+        tree = build_tree(tokens, parents, lens, tree_mask_mode=TreeMaskMode.QLEN_ONLY)
+        return commit(tree, verify_greedy(tree, logits), lens).accept_tokens
+
+    (bs, n), shape = tokens.shape, (BATCH, TOKENS_PER_REQUEST)
+    slots = {
+        "tokens": Slot(torch.int64, shape),
+        "logits": Slot(torch.float32, (*shape, logits.shape[2])),
+    }
+    runner = GraphRunner(step, slots, [(bs, n)], backend=hw)
+    runner.capture()
+    got = runner.run({"tokens": tokens, "logits": logits}, (1,) * bs, n)
+    assert torch.equal(got, step(tokens, logits))
+    runner.close()
 
 
 @pytest.mark.parametrize("cut", [True, False])

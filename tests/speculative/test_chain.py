@@ -135,6 +135,19 @@ def test_chain_against_the_definitions(seed, kinds, size, vocabulary, block, dev
         assert tokens == want, (row, kind)
 
 
+@pytest.mark.parametrize("block", [False, True])
+def test_what_the_target_does_not_know_is_never_accepted(block, device, monkeypatch):
+    monkeypatch.setenv("HWCORE_DEBUG", "0")
+    kinds = ["sampled", "greedy"] * 3
+    inputs = problem(3, len(kinds), 4, 11, kinds)
+    inputs[0][:, 2] = 99
+    if device.type == "cpu":
+        with pytest.raises(ArgumentValueError, match=r"candidates\[0, 2\] got 99"):
+            run(inputs, device, block)
+    else:
+        assert all(len(tokens) <= 2 for tokens in tokens_of(run(inputs, device, block), 4))
+
+
 @BOTH
 def test_a_request_does_not_depend_on_its_batch(block, device):
     inputs = problem(5, 18, 5, 300, KINDS * 2)

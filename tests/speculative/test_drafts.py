@@ -280,6 +280,16 @@ BAD = [
         ArgumentValueError,
         r"parents\[0\]\.shape",
     ),
+    (
+        lambda: organize_draft_results(None, [ints(1, 2)], [ints(1, 3)], 2),
+        ArgumentTypeError,
+        "scores got None .*a list of tensors",
+    ),
+    (
+        lambda: organize_draft_results([floats(1, 1, 2)], [ints(1, 2)], [ints(1, 3) + 77], 2),
+        ArgumentValueError,
+        r"the beam in parents\[0\]\[0, 0\] got 7\d .*in \[0, 2\)",
+    ),
     (lambda: top_k(ints(2, 2), 1), ArgumentTypeError, "a tensor of floats"),
     (lambda: top_k(floats(2, 3), 4), ArgumentValueError, "topk got 4 .*at most 3"),
     (
@@ -300,6 +310,29 @@ BAD = [
 def test_bad_input_is_named(call, error, message, hw):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("topk", [1, 3])
+def test_a_batch_may_be_empty(topk, device):
+    steps = DraftSteps(topk)
+    tokens = torch.zeros(0, topk, topk, dtype=torch.int64, device=device)
+    steps.first(torch.zeros(0, topk, device=device), tokens[:, 0])
+    beam = steps.next(torch.zeros(0, topk, topk, device=device), tokens)
+    assert beam.tokens.shape == (0, topk)
+    assert steps.organize(2).draft_tokens.shape == (0, 1)
+
+
+def test_candidates_may_lie_in_any_order_in_memory(device):
+    probs = torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.arange(12, device=device).view(3, 2, 2)
+    found = []
+    for strided in (False, True):
+        steps = DraftSteps(2)
+        steps.first(probs[:, 0], tokens[:, 0])
+        given = probs.transpose(1, 2).contiguous().transpose(1, 2) if strided else probs
+        found.append(steps.next(given, tokens))
+    assert torch.equal(found[0].scores, found[1].scores)
+    assert torch.equal(found[0].tokens, found[1].tokens)
 
 
 def test_no_steps_at_all(device):

@@ -1,6 +1,7 @@
 """What the worker refuses, and that nothing is lost by it: the same rows can be resolved again."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -341,6 +342,12 @@ class TestTurns:
         with pytest.raises(ArgumentValueError, match=r"vacate: rows got .*ints in \[1, 6\)"):
             steps.worker.vacate(rows)
 
+    def test_rows_leave_once_and_are_a_list(self, steps):
+        with pytest.raises(ArgumentValueError, match=r"vacate: rows got \[1, 1\] .*none twice"):
+            steps.worker.vacate([1, 1])
+        with pytest.raises(ArgumentTypeError, match=r"vacate: rows got None .*a list of ints"):
+            steps.worker.vacate(None)
+
 
 # --- Made wrong -----------------------------------------------------------------------------------
 
@@ -352,13 +359,25 @@ class TestTurns:
         ({"req_to_token": [[1]]}, ArgumentTypeError, "req_to_token got"),
         ({"relay": None}, ArgumentTypeError, "relay got None"),
         ({"forward": 7}, ArgumentTypeError, "`forward` got 7"),
+        ({"threshold_single": 5.0}, ArgumentValueError, r"threshold_single got 5\.0"),
+        ({"threshold_acc": math.nan}, ArgumentValueError, "threshold_acc got nan"),
+        ({"processor": 3}, ArgumentTypeError, "processor got 3"),
+        ({"tree_mask_mode": "x"}, ArgumentTypeError, "tree_mask_mode got 'x'"),
+        ({"spec_steps": -1}, ArgumentValueError, "spec_steps got -1"),
+        ({"num_slots": -4}, ArgumentValueError, "num_slots got -4"),
+        ({"move_kv": 3}, ArgumentTypeError, "move_kv got 3"),
+        ({"draft_extend": 3}, ArgumentTypeError, "draft_extend got 3"),
+        ({"runner": 3}, ArgumentTypeError, "runner got 3"),
+        ({"fence": 3}, ArgumentTypeError, "fence got 3"),
+        ({"group": 3}, ArgumentTypeError, "group got 3"),
+        ({"backend": "cpu"}, ArgumentTypeError, "backend got 'cpu'"),
     ],
 )
 def test_a_worker_is_made_of_what_it_says(hw, options, error, message):
     relay = FutureMap(RelaySpec(pool_size=6), backend=hw)
     made = {"forward": lambda draft_tokens: draft_tokens, "relay": relay, **options}
     with pytest.raises(error, match=rf"^EagleVerifyWorker: {message}"):
-        EagleVerifyWorker(made.pop("forward"), made.pop("relay"), backend=hw, **made)
+        EagleVerifyWorker(made.pop("forward"), made.pop("relay"), **{"backend": hw, **made})
 
 
 def test_tables_and_deltas_are_of_their_form(hw):
