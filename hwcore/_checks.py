@@ -7,7 +7,7 @@ left to ``HWCORE_DEBUG=1``. A graph cannot hold a read on the host: none happens
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
@@ -42,6 +42,11 @@ def check_instance(where: str, name: str, value: object, expected: type, maker: 
     if not isinstance(value, expected):
         what = f"a {expected.__name__}"
         raise ArgumentTypeError(describe(where, name, value, what, f"Pass what {maker} returned"))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Say whether ``value`` is an int or a float; a bool is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_callable(where: str, name: str, value: object, fix: str) -> None:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_callable, check_instance, check_range, check_tensor, may_read
+from hwcore._checks import (
+    check_callable,
+    check_instance,
+    check_range,
+    check_tensor,
+    is_number,
+    may_read,
+)
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.selection import kernel
@@ -207,7 +214,7 @@ def check_rules(where: str, threshold_single: object, threshold_acc: object, pro
     thresholds = {"threshold_single": threshold_single, "threshold_acc": threshold_acc}
     for name, value in thresholds.items():
         fix = "Pass 1.0 for the target's own distribution"
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise ArgumentTypeError(describe(where, name, value, "a number in [0, 1]", fix))
         if not 0 <= value <= 1:
             raise ArgumentValueError(describe(where, name, value, "a number in [0, 1]", fix))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
+from hwcore._checks import is_number
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, PeerError, describe
 from hwcore.speculative.verify import VerifyResult
 
@@ -56,7 +57,7 @@ class ResultBroadcast:
 
     def __init__(self, group: ProcessGroup, backend: Backend, timeout_s: float = 60.0) -> None:
         where, what, fix = "EagleVerifyWorker", "timeout_s", "Pass seconds, such as 60.0"
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+        if not is_number(timeout_s):
             raise ArgumentTypeError(describe(where, what, timeout_s, "a number", fix))
         if not 0 < timeout_s < math.inf:
             expected = "a finite number above 0"

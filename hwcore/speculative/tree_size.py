@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from hwcore._checks import check_size
+from hwcore._checks import check_size, is_number
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.speculative.tree_costs import check_sizes
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["TreeSizer"]
 
 _WHERE = "TreeSizer"
+_MOST = sys.float_info.max
 _LEAST_PROBE = 8  # steps between probes, however little they cost
 
 
@@ -82,11 +84,14 @@ class TreeSizer:
     ) -> None:
         for name, value, low, high in (
             ("prior", prior, 0.0, 1.0),
-            ("prior_weight", prior_weight, 0.0, math.inf),
+            ("prior_weight", prior_weight, 0.0, _MOST),
             ("memory", memory, 0.0, 1.0),
-            ("margin", margin, 1.0, math.inf),
+            ("margin", margin, 1.0, _MOST),
             ("probe_share", probe_share, 0.0, 1.0),
         ):
+            if not is_number(value):
+                fix = "Leave it out for the default"
+                raise ArgumentTypeError(describe(_WHERE, name, value, "a number", fix))
             outside = {"prior_weight": 0.0, "memory": 0.0, "probe_share": 1.0}.get(name)
             if not low <= value <= high or value == outside:
                 expected = f"a number in [{low}, {high}]" + (
@@ -254,6 +259,9 @@ def _checked(
     costs: Mapping[int, float] | Mapping[int, Mapping[int, float]],
 ) -> dict[int | None, dict[int, float]]:
     """Return costs by batch size, which is None where there is but one."""
+    if not isinstance(costs, Mapping):
+        expected, fix = "a mapping of seconds by tree size", "Pass what measure_costs returned"
+        raise ArgumentTypeError(describe(_WHERE, "costs", costs, expected, fix))
     nested = [isinstance(value, Mapping) for value in costs.values()]
     if any(nested) and not all(nested):
         expected, fix = "seconds throughout, or mappings throughout", "Pass what measure_costs gave"
@@ -267,8 +275,13 @@ def _checked(
 
 
 def _checked_by_size(name: str, costs: Mapping[int, float]) -> dict[int, float]:
+    for size in costs:
+        check_size(_WHERE, "a tree size", size, 1, "Count the root as well")
     check_sizes(_WHERE, sorted(costs))
     for size, seconds in costs.items():
+        if not is_number(seconds):
+            expected, fix = "seconds, a number", "Pass what measure_costs returned"
+            raise ArgumentTypeError(describe(_WHERE, f"{name}[{size}]", seconds, expected, fix))
         if not math.isfinite(seconds) or seconds <= 0:
             expected, fix = "seconds, greater than 0", "Pass what measure_costs returned"
             raise ArgumentValueError(describe(_WHERE, f"{name}[{size}]", seconds, expected, fix))

@@ -202,6 +202,15 @@ def test_the_same_observations_choose_the_same_sizes():
 BAD = [
     (lambda: TreeSizer({}), ArgumentValueError, r"sizes got \[\]"),
     (lambda: TreeSizer({4: 1.0}), ArgumentValueError, r"sizes got \[4\] .*the first 1"),
+    (lambda: TreeSizer(None), ArgumentTypeError, "costs got None .*a mapping of seconds"),
+    (lambda: TreeSizer({1: "a"}), ArgumentTypeError, r"costs\[1\] got 'a'"),
+    (lambda: TreeSizer({1: 1.0, "4": 2.0}), ArgumentTypeError, "a tree size got '4'"),
+    (lambda: TreeSizer({1: 1.0}, prior="a"), ArgumentTypeError, "prior got 'a'"),
+    (
+        lambda: TreeSizer({1: 1.0}, prior_weight=math.inf),
+        ArgumentValueError,
+        "prior_weight got inf",
+    ),
     (lambda: TreeSizer({1: 0.0}), ArgumentValueError, r"costs\[1\] got 0.0"),
     (lambda: TreeSizer({1: float("nan")}), ArgumentValueError, r"costs\[1\] got nan"),
     (lambda: TreeSizer({1: 1.0, 2.5: 1.0}), ArgumentTypeError, "a tree size got 2.5"),
