@@ -45,8 +45,9 @@ class Scheduler:
         ValueError
             If it could not run even alone.
         """
-        # Before the last step all tokens but one may be known or, with a step in flight, but two.
-        most = len(request.prompt) + request.count - 3 + self._emits + self._reach
+        # For a decode step while another is in flight; or, with all tokens but one, to be admitted
+        # again after a retraction.
+        most = len(request.prompt) + request.count - 2 + self._emits + self._reach
         room = min(self._pool.num_slots - 1, self._pool.max_context)
         if not request.prompt or request.count < 1 or most > room:
             message = (
