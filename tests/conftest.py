@@ -43,13 +43,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("in_any_order", orders, indirect=True)
 
 
-def pytest_collection_modifyitems(config, items):
-    """`once`: what the children show does not depend on the backend of this process."""
-    if config.getoption("backend") != "cpu":
-        skip = pytest.mark.skip(reason="its children choose their backends: the run for cpu has it")
-        for item in items:
-            if item.get_closest_marker("once"):
-                item.add_marker(skip)
+@pytest.fixture(scope="session")
+def once(request):
+    """For tests of child processes that choose their backends: the run for cpu has them."""
+    if request.config.getoption("backend") != "cpu":
+        pytest.skip("its processes choose their backends themselves; the run for cpu holds it")
 
 
 @pytest.fixture

@@ -120,6 +120,7 @@ double("x")
 """
 
 
+@pytest.mark.usefixtures("once")
 @pytest.mark.slow
 def test_a_type_checker_sees_the_signatures(tmp_path):
     file = tmp_path / "engine.py"

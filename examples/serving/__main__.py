@@ -40,7 +40,7 @@ _CONTEXT = 256  # tokens in the cache while costs are measured: prompt and half 
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--short", is_flag=True, help="One prompt, four requests, few tokens, one round.")
+@click.option("--short", is_flag=True, help="One prompt, three requests, few tokens, one round.")
 @click.option(
     "--head",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -62,7 +62,7 @@ def main(
     console = Console(highlight=False)
     logging.basicConfig(stream=sys.stdout, format="%(message)s")  # what hwcore has to say: as well
     chosen, rounds, tokens = (PROMPTS[:1], 1, 48) if short else (PROMPTS, rounds, tokens)
-    asked, answer, bucket = (SERVED[:4], 12, 3) if short else (SERVED, 24, 8)
+    asked, answer, bucket = (SERVED[:3], 10, 2) if short else (SERVED, 24, 8)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Starting", total=None)

@@ -69,14 +69,25 @@ def run(llama, asked, num_slots=600, **options):
     return engine
 
 
-@pytest.fixture(params=["plain", "lookup", "chain", "tree"])
-def drafting(request, head):
+@pytest.fixture
+def kinds(head):
     return {
         "plain": NO_DRAFTS,
         "lookup": partial(BatchLookup, width=4),
         "chain": partial(HeadDrafting, head=head, topk=1, spec_steps=3, width=4),
         "tree": partial(HeadDrafting, head=head, topk=3, spec_steps=4, width=8),
-    }[request.param]
+    }
+
+
+@pytest.fixture(params=["plain", "lookup", "chain", "tree"])
+def drafting(request, kinds):
+    return kinds[request.param]
+
+
+@pytest.fixture(params=["lookup", "tree"])
+def some_drafting(request, kinds):
+    """For what takes long: all that they do differently, these two do."""
+    return kinds[request.param]
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
@@ -120,10 +131,10 @@ def test_buckets_pad_as_little_as_they_can_and_change_no_token(
 
 
 def test_a_pool_that_is_too_small_for_all_retracts_and_changes_no_token(
-    llama, answers, drafting, way
+    llama, answers, some_drafting, way
 ):
     asked = requests()
-    engine = run(llama, asked, num_slots=80, drafting=drafting, **way)
+    engine = run(llama, asked, num_slots=80, drafting=some_drafting, **way)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
     assert sum(r.retractions for r in asked) > 0
     assert sorted(engine.pool.free_slots) == list(range(1, 80))
@@ -136,11 +147,13 @@ def test_more_requests_than_rows_take_rows_that_others_have_left(llama, answers)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
-def test_the_relay_finds_every_row_written_once_and_read_once(llama, monkeypatch, drafting, way):
+def test_the_relay_finds_every_row_written_once_and_read_once(
+    llama, monkeypatch, some_drafting, way
+):
     """Requests finish early and are retracted: what they left must have been discarded."""
     monkeypatch.setenv("HWCORE_DEBUG", "1")
     asked = requests()
-    run(llama, asked, num_slots=80, drafting=drafting, **way)  # close() raises what it found
+    run(llama, asked, num_slots=80, drafting=some_drafting, **way)  # close() raises what it found
     assert sum(r.retractions for r in asked) > 0
 
 
@@ -241,15 +254,15 @@ def test_sampled_answers_are_those_of_plain_sampling_with_the_same_coins(llama, 
     assert sum(r.retractions for r in asked) > 0
 
 
-def test_with_drafts_sampled_answers_are_the_seeds_alone(llama, drafting, way):
+def test_with_drafts_sampled_answers_are_the_seeds_alone(llama, some_drafting, way):
     """Neither who runs beside a request nor how it is run changes its answer.
 
     It is not retracted, though: the token after a prefill is drawn with a coin of its own.
     """
     asked, alone = heated(), heated()
-    run(llama, asked, drafting=drafting, **way)
+    run(llama, asked, drafting=some_drafting, **way)
     for request in alone:
-        run(llama, [request], drafting=drafting, overlap=False)
+        run(llama, [request], drafting=some_drafting, overlap=False)
     assert [r.tokens for r in asked] == [r.tokens for r in alone]
 
 
@@ -307,9 +320,9 @@ def test_more_positions_than_the_model_is_prepared_for_are_refused(llama, head):
         run(llama, [], drafting=partial(HeadDrafting, head=short, topk=1, spec_steps=3, width=4))
 
 
-def test_nothing_races(llama, answers, race_sanitizer, drafting, way):  # noqa: F811
+def test_nothing_races(llama, answers, race_sanitizer, some_drafting, way):  # noqa: F811
     asked = requests(6)
-    run(llama, asked, num_slots=80, drafting=drafting, **way)
+    run(llama, asked, num_slots=80, drafting=some_drafting, **way)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
@@ -327,19 +340,19 @@ def test_the_order_in_which_streams_run_changes_no_token_and_shows_no_race(
     answers,
     race_sanitizer,  # noqa: F811
     policy,
-    drafting,
+    some_drafting,
 ):
     asked = requests(6)
     with sim.drain_policy(policy):
-        run(llama, asked, num_slots=80, drafting=drafting)
+        run(llama, asked, num_slots=80, drafting=some_drafting)
     assert [r.tokens for r in asked] == [answers(r) for r in asked]
 
 
 def test_a_step_waits_for_nothing_but_the_tokens_of_the_one_before(
-    sim, llama, monkeypatch, drafting, way
+    sim, llama, monkeypatch, some_drafting, way
 ):
     monkeypatch.setenv("HWCORE_DEBUG", "0")  # it looks at arguments on the device
-    engine = Engine(llama, 80, CONTEXT, buckets=(4,), drafting=drafting, chunk=16, **way)
+    engine = Engine(llama, 80, CONTEXT, buckets=(4,), drafting=some_drafting, chunk=16, **way)
     collect, collected = engine._collect, []
 
     def collecting(step):

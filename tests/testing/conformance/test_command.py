@@ -13,8 +13,6 @@ from hwcore.testing.conformance.report import Report
 
 from ...conftest import PluginSite  # noqa: TID252 - tests are no package
 
-pytestmark = pytest.mark.once
-
 COMMAND = ("-m", "hwcore.cli", "conformance", "--backend")
 ACME = "plugin `acme` (hwcore-acme 1.0)"
 

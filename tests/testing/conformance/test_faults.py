@@ -20,7 +20,6 @@ HERE = pathlib.Path(__file__).parent
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.once,
     pytest.mark.skipif(
         importlib.util.find_spec("hwcore_sim") is None, reason="hwcore-sim is not installed"
     ),

@@ -14,12 +14,9 @@ import pytest
 
 from hwcore.testing.conformance.report import Report
 
-pytestmark = [
-    pytest.mark.once,
-    pytest.mark.skipif(
-        importlib.util.find_spec("hwcore_sim") is None, reason="hwcore-sim is not installed"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("hwcore_sim") is None, reason="hwcore-sim is not installed"
+)
 
 DOCS = pathlib.Path(__file__).parents[3] / "docs" / "conformance.md"
 COMMAND = ("-m", "hwcore.cli", "conformance", "--json", "-", "--backend")
