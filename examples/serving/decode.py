@@ -31,7 +31,7 @@ class Answer:
     sizes, accepted : list of int
         Tree size of each step after the prefill, and tokens that it emitted, bonus included.
     longest : (Proposal, Emitted) or None
-        The tree whose accepted path was the longest.
+        Of the trees that branch, the one whose accepted path was the longest.
     draft_s : float
         Seconds of ``decode_s`` that went into drafting.
     """
@@ -88,6 +88,7 @@ def decode(
         if drafter is not None:
             drafter.begin(prompt, emitted)
         answer = Answer(tokens, prefill_s=began - start)
+        verified: list[tuple[Proposal, Emitted]] = []
         while len(tokens) < count and end not in emitted.tokens:
             drafting = time.perf_counter()
             proposal = None if drafter is None else drafter.draft()
@@ -98,15 +99,15 @@ def decode(
                 emitted = tree_step(
                     model, proposal.nodes, proposal.parents, proposal.spec_steps, sampling
                 )
-                longest = answer.longest
-                if longest is None or len(emitted.tokens) > len(longest[1].tokens):
-                    answer.longest = proposal, emitted
+                verified.append((proposal, emitted))
             if drafter is not None:
                 drafter.learn(emitted)
             tokens += emitted.tokens
             answer.sizes.append(1 if proposal is None else proposal.nodes.shape[1])
             answer.accepted.append(len(emitted.tokens))
         answer.decode_s = time.perf_counter() - began
+        branching = (one for one in verified if one[0].branches)
+        answer.longest = max(branching, key=lambda one: len(one[1].path), default=None)
     del tokens[count:]
     if end in tokens:
         del tokens[tokens.index(end) + 1 :]

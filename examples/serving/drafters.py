@@ -32,6 +32,12 @@ class Proposal:
     parents: Tensor  # int64, [1, n]
     spec_steps: int
 
+    @property
+    def branches(self) -> bool:
+        """Whether a node has two children. Host sync: yes."""
+        parents = [parent for parent in self.parents[0].tolist() if parent >= 0]
+        return len(set(parents)) < len(parents)
+
 
 class Drafter(Protocol):
     """Proposes trees for one text after the other."""

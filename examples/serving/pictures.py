@@ -148,16 +148,12 @@ def _leaves_first(children: dict[int, list[int]]) -> list[int]:
 def _longest(outcomes: Sequence[Outcome]) -> tuple[str, Answer] | None:
     """Return the run with the longest path through a tree that branches, of the last way."""
     runs = [
-        (outcome.name, run)
+        (len(run.longest[1].path), outcome.name, run)
         for outcome in outcomes
         for run in outcome.runs[list(outcome.runs)[-1]]
-        if run.longest is not None and _branches(run.longest[0].parents[0].tolist())
+        if run.longest is not None
     ]
-    return max(
-        runs, key=lambda it: len(it[1].longest[1].path) if it[1].longest else 0, default=None
-    )
-
-
-def _branches(parents: list[int]) -> bool:
-    inner = [parent for parent in parents if parent >= 0]
-    return len(set(inner)) < len(inner)
+    if not runs:
+        return None
+    _, name, run = max(runs, key=lambda it: it[0])
+    return name, run

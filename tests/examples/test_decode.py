@@ -107,6 +107,28 @@ def test_tokens_drafted_by_a_head_are_the_plain_ones(topk, size, head, tiny):
     assert max(steps) > 1, "nothing was ever accepted: the test shows nothing"
 
 
+def test_the_longest_path_is_kept_of_trees_that_branch(head, tiny):
+    prompt = next(prompts(1))
+    assert decode(tiny, prompt, 60, eagle(head, tiny, 1, (1, 4))).longest is None
+    steps, drafter = [], eagle(head, tiny, 4, (1, 4))
+    learn, propose = drafter.learn, drafter.propose
+
+    def proposing(size):
+        steps.append([propose(size)])
+        return steps[-1][0]
+
+    def learning(emitted):
+        if steps:
+            steps[-1].append(len(emitted.path))
+        learn(emitted)
+
+    drafter.propose, drafter.learn = proposing, learning
+    proposal, emitted = decode(tiny, prompt, 60, drafter).longest
+    assert proposal.branches
+    assert len(emitted.path) == max(path for tree, path in steps if tree.branches)
+    assert any(not tree.branches for tree, _ in steps), "nothing was left out"
+
+
 def test_an_answer_ends_with_the_token_that_ends_it(head, tiny):
     prompt = next(prompts(1))
     whole = decode(tiny, prompt, 60).tokens
