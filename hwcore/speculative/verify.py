@@ -181,25 +181,31 @@ def check_tree(where: str, tree: object) -> None:
     parents, first, sibling = parents.cpu(), first.cpu(), sibling.cpu()
     n = parents.shape[1]
     node = torch.arange(n, device=parents.device)
+    has_first, has_sibling, is_child = first != -1, sibling != -1, parents >= 0
     bad = [
         (parents < -1) | (parents >= node),
-        (first != -1) & ((first <= node) | (first >= n)),
-        (sibling != -1) & ((sibling <= node) | (sibling >= n)),
+        has_first & ((first <= node) | (first >= n)),
+        has_sibling & ((sibling <= node) | (sibling >= n)),
     ]
     # Where links lead: children of the node itself, and of its parent. -1 and strays lead nowhere.
     of_first, of_sibling = (parents.gather(1, links.clamp(0, n - 1)) for links in (first, sibling))
     foreign = [
-        (first != -1) & (of_first != node),
-        (sibling != -1) & ((of_sibling != parents) | (parents < 0)),
+        has_first & (of_first != node),
+        has_sibling & ((of_sibling != parents) | ~is_child),
     ]
-    # Links lead to every child once: a kernel that follows them must not miss one.
+    # As many links as children, and the same nodes in sum: then each child has one. For links lead
+    # forwards: none can be left out, or two lead to one node, but that the sum grows.
+    count = has_first.sum() + has_sibling.sum() - is_child.sum()
+    total = first.sum() + sibling.sum() + (~has_first).sum() + (~has_sibling).sum()
+    total = total - (node * is_child).sum()
+    wrong = (bad[0] | bad[1] | bad[2] | foreign[0] | foreign[1]).any()
+    if not bool(wrong | (count != 0) | (total != 0)):
+        return
     linked = torch.zeros(parents.shape[0], n + 1, dtype=torch.int64)
     for links in (first, sibling):
         there = torch.where((links < 0) | (links >= n), n, links).to(torch.int64)
         linked.scatter_add_(1, there, torch.ones_like(there))
-    lost = (parents >= 0) & (linked[:, :n] != 1)
-    if not bool((bad[0] | bad[1] | bad[2] | foreign[0] | foreign[1] | lost).any()):
-        return
+    lost = is_child & (linked[:, :n] != 1)
     # A parent before its child and a sibling after it: no way through the tree comes back.
     below = f"-1 or a node before it, of {n} in its request"
     after = f"-1 or a node after it, of {n} in its request"

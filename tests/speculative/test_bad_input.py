@@ -1,4 +1,5 @@
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -288,6 +289,28 @@ def test_a_tree_that_was_changed_is_named_by_all_that_take_one(name, value, mess
     if "link" not in message:  # of which commit makes no use
         with pytest.raises((ArgumentTypeError, ArgumentValueError), match=message):
             commit(changed, verify_greedy(tree, ints(TOKENS)), ints([4, 0]))
+
+
+def test_links_are_taken_only_if_they_are_those_of_the_parents():
+    rng, refused = random.Random(0), 0
+    for _ in range(300):
+        n, parents = rng.randint(2, 7), [-1]
+        inner = [0]
+        for node in range(1, n):
+            parents.append(rng.choice([-1, *inner]))
+            inner += [node] * (parents[-1] >= 0)
+        tree = build_tree(ints([[1] * n]), ints([parents]), ints([3]), spec_steps=n)
+        first, sibling = tree.retrieve_next_token.clone(), tree.retrieve_next_sibling.clone()
+        for _ in range(rng.randint(1, 3)):
+            rng.choice([first, sibling])[0, rng.randrange(n)] = rng.randint(-1, n - 1)
+        links = {"retrieve_next_token": first, "retrieve_next_sibling": sibling}
+        if all(torch.equal(getattr(tree, name), links[name]) for name in links):
+            verify_greedy(dataclasses.replace(tree, **links), ints([[1] * n]))
+            continue
+        refused += 1
+        with pytest.raises(ArgumentValueError, match="Pass what build_tree returned, unchanged"):
+            verify_greedy(dataclasses.replace(tree, **links), ints([[1] * n]))
+    assert refused > 100
 
 
 def test_debug_extends_the_checks_to_devices(unread, monkeypatch):
