@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hwcore.errors import ArgumentTypeError, describe
 from hwcore.kernels.torch_ops import KERNEL_MARK, torch_ops
@@ -29,10 +29,11 @@ def kernel(backend: Backend, reference: F) -> F:
     torch's own. Chosen once for each backend and operation.
     """
     name = reference.__name__
-    if isinstance(cast("object", backend), str):
+    try:
+        chosen = _chosen.setdefault(backend, {})
+    except TypeError:  # a name, say, or a number
         fix = "Pass load_backend(name), or leave it out"
-        raise ArgumentTypeError(describe(name, "backend", backend, "a Backend", fix))
-    chosen = _chosen.setdefault(backend, {})
+        raise ArgumentTypeError(describe(name, "backend", backend, "a Backend", fix)) from None
     if name in chosen:
         known: F = chosen[name]
         return known

@@ -124,12 +124,7 @@ def commit(
     hidden = None
     with explains_missing(backend):
         tokens, new_lens, keep_lens, kv_src, kv_dst = kernel(backend, commit_paths)(
-            result.predict,
-            result.accept_index,
-            result.accept_lens,
-            seq_lens,
-            cache_locs,
-            page_size,
+            result.predict, result.accept_index, result.accept_lens, seq_lens, cache_locs, page_size
         )
         if hidden_states is not None:
             hidden = _of_path(hidden_states, result.accept_index, torch_ops(backend))

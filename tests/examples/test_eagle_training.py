@@ -1,9 +1,12 @@
 """Training: what counts where, the loss and its gradient, and going on from a checkpoint."""
 
+import json
+
 import pytest
 import torch
+from matplotlib.axes import Axes
 
-from examples.eagle_head import labels, rows
+from examples.eagle_head import labels, plot, rows
 from examples.eagle_head.layout import Shape
 from examples.eagle_head.loss import HARD, block_loss, soft_cross_entropy
 from examples.eagle_head.store import Document, save
@@ -205,3 +208,27 @@ def test_labels_of_greedy_answers_are_their_tokens():
     assert labels.most_probable(one, torch.randn(256, SHAPE.hidden).bfloat16()).equal(
         one.tokens[1:]
     )
+
+
+def test_the_course_of_accept_lengths_is_of_what_was_evaluated_alike(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda _, xs, ys, **__: drawn.append((xs, ys)))
+
+    def line(head, length, every=1, ways=("chain", "tree"), prompts="all"):
+        facts = {"accept_length": length, "interval": [length, length]}
+        asked = {"head": head, "tokens": 128, "every": every, "prompts": prompts}
+        return json.dumps(asked | dict.fromkeys(ways, facts)) + "\n"
+
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text(
+        line("export-2000000", 1.0)
+        + line("export-1000000", 2.0)
+        + line("export-2000000", 3.0)  # once more: it counts
+        + line("export-3000000", 4.0, every=3)
+        + line("export-3000000", 5.0, ways=("EAGLE tree",))  # for speed
+        + line("export-3000000", 6.0, prompts="task edit")
+        + line("trained", 7.0)
+    )
+    plot.accept_lengths(evaluation, tmp_path / "picture.png", tokens=128, every=1)
+    assert drawn == [([1.0, 2.0], [2.0, 3.0])] * 2
+    assert (tmp_path / "picture.png").is_file()

@@ -264,6 +264,12 @@ def test_commit_checks_a_foreign_result(changed, error, message):
         commit(build(), VerifyResult(**(fields | changed)), ints([4, 0]))
 
 
+@pytest.mark.parametrize("backend", ["cpu", 3])
+def test_a_backend_is_no_name(backend):
+    with pytest.raises(ArgumentTypeError, match=r"backend got .*a Backend\. Pass load_backend"):
+        build(backend=backend)
+
+
 def test_a_length_that_grows_past_its_dtype_is_named():
     tree = build()
     lens = ints([2**31 - 1, 0], torch.int32)
