@@ -211,8 +211,13 @@ def test_labels_of_greedy_answers_are_their_tokens():
 
 
 def test_the_course_of_accept_lengths_is_of_what_was_evaluated_alike(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda _, xs, ys, **__: drawn.append((xs, ys)))
+    drawn, draw = [], Axes.plot
+
+    def drawing(axes, xs, ys, **options):
+        drawn.append((xs, ys))
+        return draw(axes, xs, ys, **options)
+
+    monkeypatch.setattr(Axes, "plot", drawing)
 
     def line(head, length, every=1, ways=("chain", "tree"), prompts="all"):
         facts = {"accept_length": length, "interval": [length, length]}

@@ -319,6 +319,19 @@ def test_links_are_taken_only_if_they_are_those_of_the_parents():
     assert refused > 100
 
 
+@pytest.mark.parametrize(
+    ("first", "sibling"),
+    [(3, [-1, 3, -1, -1]), (1, [-1, 3, 3, -1])],
+    ids=["the same sum of fewer", "as many to other nodes"],
+)
+def test_links_that_leave_a_child_out_are_found(first, sibling):
+    tree = build_tree(ints([[1] * 4]), ints([[-1, 0, 0, 0]]), ints([3]), spec_steps=1)
+    links = {"retrieve_next_token": ints([[first, -1, -1, -1]])}
+    changed = dataclasses.replace(tree, retrieve_next_sibling=ints([sibling]), **links)
+    with pytest.raises(ArgumentValueError, match="one link to each node that has a parent"):
+        verify_greedy(changed, ints([[1] * 4]))
+
+
 def test_debug_extends_the_checks_to_devices(unread, monkeypatch):
     parents = torch.empty(1, 3, dtype=torch.int64, device=unread)
     lens = torch.empty(1, dtype=torch.int64, device=unread)
