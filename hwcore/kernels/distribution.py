@@ -90,12 +90,8 @@ def probabilities(
 
 
 def divisors_of(temperatures: Tensor) -> Tensor:
-    """Return what to divide logits by, ``[k, 1]``.
-
-    A greedy row is decided elsewhere; dividing it by 0 would only make NaN of it.
-    """
-    least = temperatures.clamp(min=_LEAST_TEMPERATURE)
-    return torch.where(temperatures <= 0, 1.0, least).unsqueeze(1)
+    """Return what to divide logits by, ``[k, 1]``; a greedy row is decided elsewhere."""
+    return temperatures.clamp(min=_LEAST_TEMPERATURE).unsqueeze(1)
 
 
 def are_valid(weights: Tensor) -> Tensor:
@@ -175,9 +171,8 @@ def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tens
     reached = ops.cumsum(sums, -1)
     total = reached[:, -1:]
     aim = coins.unsqueeze(1) * total
-    block = _first_beyond(reached, sums, aim, ops).clamp(0, sums.shape[1] - 1)
-    before = ops.gather(reached, 1, (block - 1).clamp(min=0))
-    before = torch.where(block > 0, before, 0.0)
+    block = _first_beyond(reached, sums, aim, ops)
+    before = ops.gather(torch.nn.functional.pad(reached, (1, 0)), 1, block)
     inside = block_of(weights, block, 0.0, ops)
     place = _first_beyond(before + ops.cumsum(inside, -1), inside, aim, ops)
     token = torch.where(total > 0, block * BLOCK + place, vocab - 1)
@@ -187,7 +182,7 @@ def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tens
 def _first_beyond(reached: Tensor, steps: Tensor, aim: Tensor, ops: TorchOps) -> Tensor:
     """Return the first place of a positive step where ``reached > aim``, else the last such.
 
-    -1 or less where no step is positive. Asking for a positive step costs nothing where running
+    Any place where no step is positive. Asking for a positive step costs nothing where running
     sums grow steadily; elsewhere it keeps a dip by rounding from choosing a token of weight 0.
     """
     length = steps.shape[1]
@@ -199,4 +194,4 @@ def _first_beyond(reached: Tensor, steps: Tensor, aim: Tensor, ops: TorchOps) ->
     # What lies beyond comes before all else, in its order; the rest follows in the reverse order.
     rank = torch.where(reached > aim, place, 2 * length - place)
     least: Tensor = ops.amin(torch.where(steps > 0, rank, 3 * length), 1, keepdim=True)
-    return torch.where(least < length, least, 2 * length - least)
+    return torch.where(least < length, least, 2 * length - least).clamp(min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,11 @@ import torch
 from hwcore.kernels.distribution import are_valid, divisors_of, draw_with_total, weights
 from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.vocabulary import lowest_argmax
-from hwcore.kernels.walk import Step, cuts
+from hwcore.kernels.walk import Step, parts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from hwcore.kernels.thresholds import Filters
@@ -95,21 +98,22 @@ class Sampler:
 
         A few rows at a time where that is faster.
         """
-        ops, read = self._tree.ops, self._rows.of(level)
-        divisors = level.of_requests(self._divisors)
-        ks, ps, floors = (None if f is None else level.of_requests(f) for f in self._filters)
-        found, totals = self._weights, []
-        for cut in cuts(len(level.requests), self._at_once):
-            rows = read(cut)
+        ops, size = self._tree.ops, self._at_once
+        found = None if self._weights is None else self._weights[: len(level.requests)]
+        totals = []
+        for rows, out, divisors, *filters in zip(
+            self._rows.of(level, size),
+            _parts(found, size),
+            parts(level.of_requests(self._divisors), size),
+            *(_parts(None if f is None else level.of_requests(f), size) for f in self._filters),
+            strict=False,  # None goes on for ever
+        ):
             scratch = None if self._scratch is None else self._scratch[: len(rows)]
-            out = None if found is None else found[cut]
-            filters = _cut(ks, cut), _cut(ps, cut), _cut(floors, cut)
-            part, total = weights(rows, divisors[cut], filters, ops, scratch, out)
+            part, total = weights(rows, divisors, tuple(filters), ops, scratch, out)
             if total is not None:
                 totals.append(total)
         highest = None if self.greedy is None else lowest_argmax(rows, ops)  # of all: one part
-        found = part if found is None else found[: len(level.requests)]
-        return found, torch.cat(totals) if totals else None, highest
+        return part if found is None else found, torch.cat(totals) if totals else None, highest
 
     def _offer(
         self,
@@ -145,7 +149,7 @@ class Sampler:
             # A weight minus itself is exactly 0. Of those that go on it is not needed any more.
             ops.scatter_add_(found, 1, offered, -mass)
         tokens, left = draw_with_total(found, level.at_nodes(self._final_coins), ops)
-        if mass is not None:
+        if mass is not None and not (reads_are_free(left) and bool((left > 0).all())):
             # By rounding nothing may be left; then it is the last child, which all but had it.
             final = ops.amax(torch.where(mass > 0, self._tree.column, 0), 1, keepdim=True)
             final = ops.gather(offered, 1, final).squeeze(1)
@@ -153,15 +157,18 @@ class Sampler:
         return torch.where(valid, tokens, -1)
 
 
-def _cut(values: Tensor | None, cut: slice) -> Tensor | None:
-    return None if values is None else values[cut]
+def _parts(values: Tensor | None, size: int) -> Iterable[Tensor | None]:
+    return itertools.repeat(None) if values is None else parts(values, size)
 
 
 def _without_repeats(parents: Tensor, tree: Tree, vocab: int) -> Tensor:
     """Take from its parent each node whose token an earlier child of that parent has."""
     keys, node = tree.ops.sort(parents * vocab + tree.draft_tokens, stable=True, dim=1)
+    again = keys[:, 1:] == keys[:, :-1]
+    if reads_are_free(again) and not bool(again.any()):
+        return parents
     repeats = torch.zeros_like(keys, dtype=torch.bool)
-    repeats[:, 1:] = keys[:, 1:] == keys[:, :-1]
+    repeats[:, 1:] = again
     parents = torch.where(repeats, _NOBODY, tree.ops.gather(parents, 1, node))
     without: Tensor = tree.ops.scatter_(torch.empty_like(parents), 1, node, parents)
     return without

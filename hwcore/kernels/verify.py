@@ -20,7 +20,7 @@ from hwcore.kernels.sampler import PART, Sampler
 from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.torch_ops import TORCH
 from hwcore.kernels.vocabulary import lowest_argmax
-from hwcore.kernels.walk import Outputs, Rows, Step, Tree, cuts, walk_all, walk_the_living
+from hwcore.kernels.walk import Outputs, Rows, Step, Tree, walk_all, walk_the_living
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,6 +186,6 @@ def _by_given(level: Level, target: Tensor) -> Step:
 
 
 def _by_highest(level: Level, rows: Rows, living: bool) -> Step:
-    read, size = rows.of(level), max(1, PART // rows.vocab) if living else 0
-    tokens = [lowest_argmax(read(cut), level.tree.ops) for cut in cuts(len(level.requests), size)]
+    size = max(1, PART // rows.vocab) if living else 0
+    tokens = [lowest_argmax(part, level.tree.ops) for part in rows.of(level, size)]
     return _by_token(level, tokens[0] if len(tokens) == 1 else torch.cat(tokens))

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from hwcore.kernels.thresholds import reads_are_free
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -25,7 +27,7 @@ __all__ = [
     "Step",
     "Tree",
     "Verified",
-    "cuts",
+    "parts",
     "walk_all",
     "walk_the_living",
 ]
@@ -85,7 +87,8 @@ class Level:
         """Cut into parts of so many requests; 0: one part."""
         if not size or len(self.requests) <= size:
             return [self]
-        return [self._part(cut) for cut in cuts(len(self.requests), size)]
+        starts = range(0, len(self.requests), size)
+        return [self._part(slice(start, start + size)) for start in starts]
 
     def of_requests(self, values: Tensor) -> Tensor:
         """Return the rows of ``values [bs, ...]`` that belong to the requests; to be read only."""
@@ -131,31 +134,34 @@ class Rows:
         shape, strides = (bs * nodes, self.vocab), logits.stride()[1:]
         self._flat = logits.as_strided(shape, strides) if bs and joined else None
 
-    def of(self, level: Level) -> Callable[[slice], Tensor]:
-        """Return a function that gives the logits ``[part, V]`` of some requests of a level.
+    def of(self, level: Level, size: int) -> Iterable[Tensor]:
+        """Give the logits ``[part, V]`` of a level's requests, in parts of a size; 0: one part.
 
-        They may be the caller's own memory: to be read only. A processor is called here.
+        They may be the caller's own memory: to be read only. A processor is called once.
         """
         if self._processor is None:
-            return self._reader(level)
-        rows = self._reader(level)(slice(None)).to(torch.float32, copy=True)
-        rows = self._processor(rows, level.requests, level.path_tokens())
-        return rows.__getitem__
+            return self._read(level, size)
+        (rows,) = self._read(level, 0)
+        rows = rows.to(torch.float32, copy=True)
+        return parts(self._processor(rows, level.requests, level.path_tokens()), size)
 
-    def _reader(self, level: Level) -> Callable[[slice], Tensor]:
-        flat, ops = self._flat, self._ops
+    def _read(self, level: Level, size: int) -> Iterable[Tensor]:
+        logits, flat, ops = self._logits, self._flat, self._ops
         if len(level.path) == 1 and level.everyone:
-            return self._logits[:, 0].__getitem__  # all at the root
-        if flat is None:
-            requests, nodes = level.requests, level.nodes
-            return lambda cut: self._logits[requests[cut], nodes[cut]]
-        return lambda cut: ops.index_select(flat, 0, level.at[cut])
+            return parts(logits[:, 0], size)  # all at the root
+        if flat is not None:
+            return (ops.index_select(flat, 0, at) for at in parts(level.at, size))
+        if reads_are_free(logits):
+            places = zip(parts(level.requests, size), parts(level.nodes, size), strict=True)
+            return (logits[place] for place in places)
+        # Everyone is here. A device may lack what takes two indices.
+        nodes = level.nodes.view(-1, 1, 1).expand(-1, 1, self.vocab)
+        return parts(ops.gather(logits, 1, nodes).squeeze(1), size)
 
 
-def cuts(length: int, size: int) -> list[slice]:
-    """Cut a length into parts of a size; 0: one part."""
-    size = size or max(1, length)
-    return [slice(start, min(start + size, length)) for start in range(0, max(1, length), size)]
+def parts(values: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut along the first dimension into parts of a size; 0: one part."""
+    return torch.split(values, size or max(1, len(values)))
 
 
 def walk_all(tree: Tree, vocab: int, choose: Callable[[Level], Step]) -> Verified:
@@ -214,17 +220,18 @@ def walk_the_living(
     nodes = torch.zeros_like(requests)
     path = [nodes]
     at = None
-    for level in range(tree.spec_steps + 1):
-        if not len(requests):
-            break
+    for level in range(tree.spec_steps + 1 if len(requests) else 0):
         step = choose(Level(tree, requests, nodes, path, level < tree.spec_steps, None, at))
         outputs.tokens[requests, level] = step.tokens
         if level == tree.spec_steps:
             break
-        (alive,) = torch.nonzero(step.children < tree.nodes, as_tuple=True)
-        nodes = step.children[alive]
+        nodes = step.children
+        (alive,) = torch.nonzero(nodes < tree.nodes, as_tuple=True)
         if len(alive) < len(requests):
-            requests, path = requests[alive], [before[alive] for before in path]
+            requests, nodes = requests[alive], nodes[alive]
+            path = [before[alive] for before in path]
+        if not len(requests):
+            break
         path = [*path, nodes]
         at = requests * tree.nodes + nodes
         outputs.index[requests, level + 1] = at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class TreeMaskMode(enum.IntEnum):
     """
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class DraftTree:
     """One draft tree a request, in the forms that attention, positions and verify want.
 
@@ -75,6 +76,25 @@ class DraftTree:
     retrieve_next_sibling: Tensor
     spec_steps: int
     tree_mask_mode: TreeMaskMode
+
+
+_built: weakref.WeakKeyDictionary[DraftTree, tuple[int, ...]] = weakref.WeakKeyDictionary()
+
+
+def is_as_built(tree: DraftTree) -> bool:
+    """Say whether the links of a tree are known to be the parents', as the reference made them.
+
+    False where that is not known: after a write in place, which torch counts, from the kernel of a
+    plugin, and for tensors of inference mode, whose writes are not counted.
+    """
+    return tree in _built and _built[tree] == _writes(tree)
+
+
+def _writes(tree: DraftTree) -> tuple[int, ...] | None:
+    links = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
+    if any(each.is_inference() for each in links):
+        return None
+    return tuple(each._version for each in links)
 
 
 def build_tree(
@@ -148,8 +168,9 @@ def build_tree(
         total = _prefix_total(seq_lens, seq_lens_sum)
         _check_mask_size(total, bs, num_draft_tokens, max_mask_bytes)
     backend = backend or current_backend()
+    build = kernel(backend, kernels.build_tree)
     with explains_missing(backend):
-        positions, mask, next_token, next_sibling = kernel(backend, kernels.build_tree)(
+        positions, mask, next_token, next_sibling = build(
             parents, seq_lens, steps, int(tree_mask_mode), total
         )
     if readable:
@@ -157,7 +178,7 @@ def build_tree(
         expected = f"a node at most {steps} deep (spec_steps)"
         fix = "Raise spec_steps or prune the tree"
         check_values(_WHERE, "depth of node", depth, depth > steps, expected, fix)
-    return DraftTree(
+    tree = DraftTree(
         draft_tokens=draft_tokens,
         parents=parents,
         positions=positions.flatten(),
@@ -168,6 +189,10 @@ def build_tree(
         spec_steps=steps,
         tree_mask_mode=tree_mask_mode,
     )
+    writes = _writes(tree)
+    if readable and build is kernels.build_tree and writes is not None:
+        _built[tree] = writes
+    return tree
 
 
 def _check_mask_size(seq_lens_sum: int, bs: int, n: int, most: int) -> None:

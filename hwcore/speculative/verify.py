@@ -16,12 +16,13 @@ from hwcore._checks import (
     check_values,
     may_read,
 )
+from hwcore._env import debug_enabled
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.kernels.selection import kernel
 from hwcore.kernels.torch_ops import explains_missing
 from hwcore.kernels.verify import verify_tree_greedy
-from hwcore.speculative.tree import DraftTree
+from hwcore.speculative.tree import DraftTree, is_as_built
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,53 +172,65 @@ def check_logits(where: str, name: str, logits: object, tree: DraftTree) -> None
 
 
 def check_tree(where: str, tree: object) -> None:
-    """Raise unless ``tree`` is a DraftTree whose links, in each request, are its parents'."""
+    """Raise unless ``tree`` is a DraftTree whose links, in each request, are its parents'.
+
+    They are looked at unless they are known to be; under ``HWCORE_DEBUG=1`` always.
+    """
     check_form(where, tree)
     assert isinstance(tree, DraftTree)
     parents, first, sibling = tree.parents, tree.retrieve_next_token, tree.retrieve_next_sibling
-    if not may_read(parents):
+    if not may_read(parents) or (is_as_built(tree) and not debug_enabled()):
         return
     # They are read here anyway, and a device may lack what looks at them.
     parents, first, sibling = parents.cpu(), first.cpu(), sibling.cpu()
     n = parents.shape[1]
-    node = torch.arange(n, device=parents.device)
-    has_first, has_sibling, is_child = first != -1, sibling != -1, parents >= 0
-    bad = [
-        (parents < -1) | (parents >= node),
-        has_first & ((first <= node) | (first >= n)),
-        has_sibling & ((sibling <= node) | (sibling >= n)),
-    ]
-    # Where links lead: children of the node itself, and of its parent. -1 and strays lead nowhere.
-    of_first, of_sibling = (parents.gather(1, links.clamp(0, n - 1)) for links in (first, sibling))
-    foreign = [
-        has_first & (of_first != node),
-        has_sibling & ((of_sibling != parents) | ~is_child),
-    ]
-    # As many links as children, and the same nodes in sum: then each child has one. For links lead
-    # forwards: none can be left out, or two lead to one node, but that the sum grows.
-    count = has_first.sum() + has_sibling.sum() - is_child.sum()
-    total = first.sum() + sibling.sum() + (~has_first).sum() + (~has_sibling).sum()
-    total = total - (node * is_child).sum()
-    wrong = (bad[0] | bad[1] | bad[2] | foreign[0] | foreign[1]).any()
-    if not bool(wrong | (count != 0) | (total != 0)):
+    node = torch.arange(n)
+    if not parents.numel() or _are_links(parents, first, sibling, node):
         return
+    has_first, has_sibling, is_child = first != -1, sibling != -1, parents >= 0
+    of_first, of_sibling = (parents.gather(1, links.clamp(0, n - 1)) for links in (first, sibling))
     linked = torch.zeros(parents.shape[0], n + 1, dtype=torch.int64)
     for links in (first, sibling):
         there = torch.where((links < 0) | (links >= n), n, links).to(torch.int64)
         linked.scatter_add_(1, there, torch.ones_like(there))
-    lost = is_child & (linked[:, :n] != 1)
     # A parent before its child and a sibling after it: no way through the tree comes back.
     below = f"-1 or a node before it, of {n} in its request"
     after = f"-1 or a node after it, of {n} in its request"
-    fix = "Pass what build_tree returned, unchanged"
-    check_values(where, "tree.parents", parents, bad[0], below, fix)
-    check_values(where, "tree.retrieve_next_token", first, bad[1], after, fix)
-    check_values(where, "tree.retrieve_next_sibling", sibling, bad[2], after, fix)
-    check_values(where, "tree.retrieve_next_token", first, foreign[0], "a child of its node", fix)
-    expected = "another child of the same parent"
-    check_values(where, "tree.retrieve_next_sibling", sibling, foreign[1], expected, fix)
-    expected = "one link to each node that has a parent, from it or from a sibling"
-    check_values(where, "links to a node of tree", linked[:, :n], lost, expected, fix)
+    child, another = "a child of its node", "another child of the same parent"
+    once = "one link to each node that has a parent, from it or from a sibling"
+    first_name, sibling_name = "tree.retrieve_next_token", "tree.retrieve_next_sibling"
+    for name, values, bad, expected in (
+        ("tree.parents", parents, (parents < -1) | (parents >= node), below),
+        (first_name, first, has_first & ((first <= node) | (first >= n)), after),
+        (sibling_name, sibling, has_sibling & ((sibling <= node) | (sibling >= n)), after),
+        (first_name, first, has_first & (of_first != node), child),
+        (sibling_name, sibling, has_sibling & ((of_sibling != parents) | ~is_child), another),
+        ("links to a node of tree", linked[:, :n], is_child & (linked[:, :n] != 1), once),
+    ):
+        check_values(where, name, values, bad, expected, "Pass what build_tree returned, unchanged")
+
+
+def _are_links(parents: Tensor, first: Tensor, sibling: Tensor, node: Tensor) -> bool:
+    """Say whether the links are those of the parents, and these are before their children.
+
+    In few operations, for it is asked at each step. Every link leads forwards, to a child of its
+    node or of its node's parent: none is less than the one that belongs there, nor is there one
+    where none belongs. So, if there are as many links as children, their sum tells whether one is
+    greater than it should be.
+    """
+    n, is_child = len(node), parents >= 0
+    links = torch.stack([first, sibling])
+    owner = torch.stack([node.expand_as(parents), torch.where(is_child, parents, -2)])
+    leads_to = parents.expand(2, -1, -1).gather(2, links.clamp(0, n - 1))
+    fits = ((leads_to == owner) & (links > node)) | (links == -1)
+    linked, children = links + 1, torch.where(is_child, node + 1, 0)  # 0: none
+    return (
+        bool(fits.all())
+        and int(links.amax()) < n
+        and int(parents.amin()) >= -1
+        and int(linked.count_nonzero()) == int(is_child.count_nonzero())
+        and int(linked.sum()) == int(children.sum())
+    )
 
 
 def check_form(where: str, tree: object) -> None:

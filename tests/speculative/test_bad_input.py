@@ -4,6 +4,8 @@ import random
 import pytest
 import torch
 
+import hwcore
+from hwcore import discovery, kernels
 from hwcore.errors import ArgumentTypeError, ArgumentValueError
 from hwcore.speculative import TreeMaskMode, VerifyResult, build_tree, commit, verify_greedy
 
@@ -297,39 +299,97 @@ def test_a_tree_that_was_changed_is_named_by_all_that_take_one(name, value, mess
             commit(changed, verify_greedy(tree, ints(TOKENS)), ints([4, 0]))
 
 
+def links_of(parents):
+    """First child and next sibling of each node; None where parents are no tree's."""
+    first, sibling, last = [-1] * len(parents), [-1] * len(parents), {}
+    for node, parent in enumerate(parents):
+        if not -1 <= parent < node:
+            return None
+        if parent >= 0:
+            links, at = (sibling, last[parent]) if parent in last else (first, parent)
+            links[at] = last[parent] = node
+    return first, sibling
+
+
 def test_links_are_taken_only_if_they_are_those_of_the_parents():
-    rng, refused = random.Random(0), 0
-    for _ in range(300):
-        n, parents = rng.randint(2, 7), [-1]
-        inner = [0]
-        for node in range(1, n):
-            parents.append(rng.choice([-1, *inner]))
-            inner += [node] * (parents[-1] >= 0)
-        tree = build_tree(ints([[1] * n]), ints([parents]), ints([3]), spec_steps=n)
-        first, sibling = tree.retrieve_next_token.clone(), tree.retrieve_next_sibling.clone()
-        for _ in range(rng.randint(1, 3)):
-            rng.choice([first, sibling])[0, rng.randrange(n)] = rng.randint(-1, n - 1)
-        links = {"retrieve_next_token": first, "retrieve_next_sibling": sibling}
-        if all(torch.equal(getattr(tree, name), links[name]) for name in links):
-            verify_greedy(dataclasses.replace(tree, **links), ints([[1] * n]))
+    rng, taken, refused = random.Random(0), 0, 0
+    for _ in range(1000):
+        n = rng.randint(2, 7)
+        parents = [-1] + [rng.randint(-1, node - 1) for node in range(1, n)]
+        tree = [parents, *links_of(parents)]
+        for _ in range(rng.randint(0, 3)):
+            rng.choice(tree)[rng.randrange(n)] = rng.choice([*range(-2, n + 2), 2**62])
+        names = ("parents", "retrieve_next_token", "retrieve_next_sibling")
+        changed = {name: ints([values]) for name, values in zip(names, tree, strict=True)}
+        root = build_tree(ints([[1] * n]), ints([[-1] * n]), ints([3]), spec_steps=n)
+        changed = dataclasses.replace(root, **changed)
+        if links_of(tree[0]) == tuple(tree[1:]):
+            taken += 1
+            verify_greedy(changed, ints([[1] * n]))
             continue
         refused += 1
         with pytest.raises(ArgumentValueError, match="Pass what build_tree returned, unchanged"):
-            verify_greedy(dataclasses.replace(tree, **links), ints([[1] * n]))
-    assert refused > 100
+            verify_greedy(changed, ints([[1] * n]))
+    assert taken > 200
+    assert refused > 500
+
+
+@pytest.mark.parametrize("name", ["parents", "retrieve_next_token", "retrieve_next_sibling"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_tree_that_was_written_to_is_looked_at(name, inference, monkeypatch):
+    monkeypatch.setenv("HWCORE_DEBUG", "0")
+    with torch.inference_mode(inference):
+        tree = build()
+        getattr(tree, name)[0, 1] = 1
+        with pytest.raises(ArgumentValueError, match="Pass what build_tree returned, unchanged"):
+            verify_greedy(tree, ints(TOKENS))
+
+
+def test_the_links_of_a_plugins_kernel_are_looked_at(monkeypatch):
+    cpu = hwcore.load_backend("cpu")
+    monkeypatch.setenv("HWCORE_DEBUG", "0")
+
+    def wrong(parents, seq_lens, *rest):
+        positions, mask, first, sibling = kernels.build_tree(parents, seq_lens, *rest)
+        return positions, mask, first, sibling + 1
+
+    class Wrong:
+        @hwcore.hookimpl(wrapper=True)
+        def kernels(self):
+            return {**(yield), "build_tree": wrong}
+
+    backend = hwcore.Backend(discovery.load(cpu.origin), cpu.origin)
+    backend.register(Wrong())
+    tree = build(backend=backend)
+    with pytest.raises(ArgumentValueError, match="Pass what build_tree returned, unchanged"):
+        verify_greedy(tree, ints(TOKENS), backend=backend)
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_a_tree_known_to_be_one_is_looked_at_while_debugging_alone(debug, monkeypatch):
+    monkeypatch.setenv("HWCORE_DEBUG", debug)
+    tree, looked = build(backend=hwcore.load_backend("cpu")), []
+    monkeypatch.setattr("hwcore.speculative.verify._are_links", lambda *_: looked.append(1) or True)
+    verify_greedy(tree, ints(TOKENS))
+    assert len(looked) == int(debug)
 
 
 @pytest.mark.parametrize(
     ("first", "sibling"),
-    [(3, [-1, 3, -1, -1]), (1, [-1, 3, 3, -1])],
-    ids=["the same sum of fewer", "as many to other nodes"],
+    [
+        (1, [-1, 3, 3, -1]),
+        (5, [-1, 3, 3, -1, 5, -1]),
+        (2**63 - 1, [-1, 2**63 - 1, 7, 5, 5, 6, 7, -1]),
+    ],
+    ids=["as many", "fewer of the same sum", "as many of the same sum, wrapped around"],
 )
 def test_links_that_leave_a_child_out_are_found(first, sibling):
-    tree = build_tree(ints([[1] * 4]), ints([[-1, 0, 0, 0]]), ints([3]), spec_steps=1)
-    links = {"retrieve_next_token": ints([[first, -1, -1, -1]])}
+    n = len(sibling)
+    tree = build_tree(ints([[1] * n]), ints([[-1] + [0] * (n - 1)]), ints([3]), spec_steps=1)
+    links = {"retrieve_next_token": ints([[first] + [-1] * (n - 1)])}
     changed = dataclasses.replace(tree, retrieve_next_sibling=ints([sibling]), **links)
-    with pytest.raises(ArgumentValueError, match="one link to each node that has a parent"):
-        verify_greedy(changed, ints([[1] * 4]))
+    with pytest.raises(ArgumentValueError, match="Pass what build_tree returned, unchanged"):
+        verify_greedy(changed, ints([[1] * n]))
 
 
 def test_debug_extends_the_checks_to_devices(unread, monkeypatch):

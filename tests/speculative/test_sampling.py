@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hwcore.graphs.tape import Tape
 from hwcore.speculative import (
@@ -81,6 +82,18 @@ def verified(batch, device, logits=None, **options):
 def of_request(params, b):
     heat, ks, ps, floors = params
     return (heat[b], ks[b] if ks else -1, ps[b] if ps else 1.0, floors[b] if floors else 0.0)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name().partition(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 @each
@@ -318,6 +331,21 @@ def test_strided_logits_and_logits_that_require_grad(device):
     swapped = wide[:, :, :500].transpose(0, 1)  # requests and nodes interleaved in memory
     want = verify_sampling(tree, swapped.contiguous(), params, **coins)
     same(verify_sampling(tree, swapped, params, **coins), want)
+
+
+def test_rows_that_no_view_joins_are_read_without_an_index_that_a_device_may_lack(device):
+    tree = tree_of([[1, 2, 3]] * 3, [[-1, 0, 0]] * 3, 2, device)
+    swapped = torch.randn(3, 3, 40, generator=seeded(7)).to(device).transpose(0, 1)
+    params, seeds = SamplingParams.of([1.0] * 3, device=device), torch.arange(3, device=device)
+
+    def call():
+        return verify_sampling(tree, swapped, params, seeds=seeds)
+
+    with Operators() as seen:
+        result = captured(call)
+    assert "aten::index_select" in seen.names
+    assert "aten::index" not in seen.names
+    same(result, verify_sampling(tree, swapped.contiguous(), params, seeds=seeds))
 
 
 @pytest.mark.parametrize("bs", [1, 3])
