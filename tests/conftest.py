@@ -221,8 +221,14 @@ def refused(site):
 
 
 @pytest.fixture
-def site(tmp_path):
-    """An empty folder to install plugins into, and to run processes that see them."""
+def site(once, processes):
+    """An empty folder to install plugins into, and to run processes that see these alone."""
+    return processes
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """The same for processes that load the backend of this run."""
     folder = tmp_path / "site"
     folder.mkdir()
     return PluginSite(folder)

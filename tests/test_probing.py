@@ -82,7 +82,6 @@ def test_broken_probe(site, refused, body, error, parts):
     refused(*error, *parts)
 
 
-@pytest.mark.usefixtures("once")
 def test_the_plugin_after_one_that_hangs_or_crashes_is_still_probed(site):
     site.add("a-hang", PROBE + "import time; time.sleep(1000)")
     site.add("b-crash", PROBE + "import os; os.abort()")

@@ -10,6 +10,7 @@ import torch
 from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.kernels.distribution import draw
 from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
 from hwcore.speculative.chain_rules import (
@@ -21,7 +22,6 @@ from hwcore.speculative.chain_rules import (
     leftover,
 )
 from hwcore.speculative.coins import CoinPurpose, block_positions, draw_coins
-from hwcore.speculative.distribution import draw
 from hwcore.speculative.sampling_params import SamplingParams
 from hwcore.speculative.verify import VerifyResult, VerifyStatus
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from hwcore.kernels.distribution import probabilities
 from hwcore.kernels.thresholds import reads_are_free
 from hwcore.kernels.vocabulary import blocked
-from hwcore.speculative.distribution import probabilities
 from hwcore.speculative.processors import WalkedRows
 
 if TYPE_CHECKING:

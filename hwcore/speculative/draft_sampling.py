@@ -9,9 +9,9 @@ import torch
 from hwcore._checks import check_instance, check_tensor, check_values, may_read
 from hwcore.activation import current_backend
 from hwcore.errors import ArgumentValueError, describe
+from hwcore.kernels.distribution import draw, probabilities
 from hwcore.kernels.torch_ops import explains_missing, torch_ops
 from hwcore.speculative.coins import CoinPurpose, draw_coins
-from hwcore.speculative.distribution import draw, probabilities
 from hwcore.speculative.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

@@ -235,7 +235,6 @@ def test_an_extension_that_ends_the_process_is_told_from_a_torch_that_does(site)
     assert report.activation.ok, "hwcore itself imports torch without its extensions"
 
 
-@pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("backend", ["cpu", None])
 def test_a_torch_that_hangs_is_not_called_working(site, backend):
     (site.folder / "torch.py").write_text(
@@ -247,7 +246,6 @@ def test_a_torch_that_hangs_is_not_called_working(site, backend):
     assert activation == str(backend and (False, error))
 
 
-@pytest.mark.usefixtures("once")
 def test_what_was_said_before_a_hang_is_kept(site):
     (site.folder / "torch.py").write_text("")
     site.add("acme", "import time; time.sleep(99)", good=False)

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_short_demo(hw, tmp_path):
-    """One real prompt in every way, as a user runs it: status 0 says the tokens are the same."""
+def test_the_short_demo(hw, once, tmp_path):
+    """One real prompt in every way, as a user runs it: status 0 says the tokens are the same.
+
+    On the cpu; ``make demo-short`` does it on every backend.
+    """
     command = [sys.executable, "-m", "examples.serving", "--short", "--out", str(tmp_path)]
     environment = {**os.environ, "HWCORE_BACKEND": hw.info.name}
     run = subprocess.run(

@@ -87,7 +87,7 @@ def test_the_conformance_kit_knows_every_reference():
     assert {"gather_rows", "assert_and_invalidate"} <= references().keys() <= OPERATIONS.keys()
 
 
-def test_tensors_of_the_host_make_no_device_context(site, hw):
+def test_tensors_of_the_host_make_no_device_context(processes, hw):
     if hw.info.name != "sim":
         pytest.skip("only there a context is made that can be seen")
     script = """
@@ -103,7 +103,7 @@ def test_tensors_of_the_host_make_no_device_context(site, hw):
         there = [tensor.to(hw.device()) for tensor in (rows, torch.tensor([1]), out)]
         print(held(*there).tolist(), ops.is_bound, torch_ops(hw) is ops)
     """
-    assert site.run(script).output == ["[[4, 5]]", "15 False False", "[[2, 3]] True True"]
+    assert processes.run(script).output == ["[[4, 5]]", "15 False False", "[[2, 3]] True True"]
 
 
 def test_a_child_forked_while_another_thread_asks_can_ask_itself(site):

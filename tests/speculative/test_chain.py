@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 import hwcore
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError
 from hwcore.graphs.tape import Tape
+from hwcore.kernels.distribution import probabilities
 from hwcore.speculative import (
     CoinPurpose,
     HostLogitProcessor,
@@ -19,7 +20,6 @@ from hwcore.speculative import (
     sample_drafts,
     verify_chain,
 )
-from hwcore.speculative.distribution import probabilities
 
 from . import _chain_reference as slow
 from ._golden import load, names

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hwcore.graphs.tape import Tape
 from hwcore.kernels import distribution as distribution_ops
 from hwcore.kernels import thresholds
+from hwcore.kernels.distribution import draw, probabilities
 from hwcore.kernels.torch_ops import TORCH, TorchOps
-from hwcore.speculative.distribution import draw, probabilities
 
 from ._sampling import distribution, seeded
 from ._sampling import draw as slow_draw

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from hwcore.speculative.distribution import draw, probabilities
+from hwcore.kernels.distribution import draw, probabilities
 
 
 def sampling_kernel(**fault):
