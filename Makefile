@@ -49,8 +49,8 @@ demo-short: $(STAMP)
 			--out demo/$$backend --same-as demo/cpu/tokens.json || exit 1; \
 	done
 
-# One process a backend, side by side: most of the time goes into children that start torch. Each
-# one's output comes when it is done.
+# One process a backend, and one for the tests whose children choose their backends, side by side:
+# much of the time goes into children that start torch. Each one's output comes when it is done.
 test: $(STAMP)
 	@for backend in $(BACKENDS); do \
 		HWCORE_BACKEND=$$backend $(BIN)/python -c 'import hwcore; hwcore.current_backend()' \
@@ -58,15 +58,21 @@ test: $(STAMP)
 	done  # a backend may have something to build at its first use
 	@echo "==> tests on $(BACKENDS), side by side; each reports when it is done"
 	@$(MAKE) --no-print-directory --output-sync=target --keep-going \
-		--jobs $(words $(BACKENDS)) $(BACKENDS:%=test-%)
+		--jobs $(words $(BACKENDS) children) $(BACKENDS:%=test-%) test-children
 
 # Side by side each gets its share of the cores: torch's threads spin while they wait for others.
 SHARE = $(shell $(PYTHON) -c 'import os, sys; \
 	print(max(1, (os.cpu_count() or 1) // int(sys.argv[1])))' $(words $(BACKENDS)))
 
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest
+
+test-children: $(STAMP)
+	@echo "==> tests of processes that choose their backends"
+	@$(PYTEST) --backend cpu -m children tests
+
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest --backend $* tests $(wildcard plugins/$*/tests)
+	@$(PYTEST) --backend $* -m 'not children' tests $(wildcard plugins/$*/tests)
 
 lint: $(STAMP)
 	@echo "==> ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -45,9 +45,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def once(request):
-    """For tests of child processes that choose their backends: the run for cpu has them."""
+    """For tests of child processes that choose their backends: a run for cpu has them."""
     if request.config.getoption("backend") != "cpu":
-        pytest.skip("its processes choose their backends themselves; the run for cpu holds it")
+        pytest.skip("its processes choose their backends themselves; a run for cpu holds it")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what asks for `once`, so that make can run it in a process of its own."""
+    for item in items:
+        if "once" in item.fixturenames:
+            item.add_marker("children")
 
 
 @pytest.fixture

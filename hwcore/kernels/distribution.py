@@ -164,17 +164,28 @@ def draw(weights: Tensor, coins: Tensor, ops: TorchOps = TORCH) -> Tensor:
     return tokens
 
 
-def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tensor, Tensor]:
-    """Return what :func:`draw` does, and the sum of each row, float32 ``[k]``."""
+def draw_with_total(weights: Tensor, coins: Tensor, ops: TorchOps) -> tuple[Tensor, Tensor | None]:
+    """Return what :func:`draw` does, and the sum of each row, float32 ``[k]``.
+
+    None for the sums: all are known to be positive, and the rows without NaN.
+    """
     vocab = weights.shape[1]
     sums = blocked(ops.sum, weights)  # [k, blocks]
     reached = ops.cumsum(sums, -1)
     total = reached[:, -1:]
     aim = coins.unsqueeze(1) * total
+    starts = torch.nn.functional.pad(reached, (1, 0))
+    if reads_are_free(weights):  # where running sums grow steadily: no search in them goes astray
+        block = ops.searchsorted(reached, aim, right=True).clamp(max=sums.shape[1] - 1)
+        inside = block_of(weights, block, 0.0, ops)
+        sought = ops.gather(starts, 1, block) + ops.cumsum(inside, -1)
+        place = ops.searchsorted(sought, aim, right=True)
+        if bool((place < inside.shape[1]).all()):
+            return (block * BLOCK + place).squeeze(1), None
     block = _first_beyond(reached, sums, aim, ops)
-    before = ops.gather(torch.nn.functional.pad(reached, (1, 0)), 1, block)
     inside = block_of(weights, block, 0.0, ops)
-    place = _first_beyond(before + ops.cumsum(inside, -1), inside, aim, ops)
+    sought = ops.gather(starts, 1, block) + ops.cumsum(inside, -1)
+    place = _first_beyond(sought, inside, aim, ops)
     token = torch.where(total > 0, block * BLOCK + place, vocab - 1)
     return token.squeeze(1), total.squeeze(1)
 
@@ -186,10 +197,6 @@ def _first_beyond(reached: Tensor, steps: Tensor, aim: Tensor, ops: TorchOps) ->
     sums grow steadily; elsewhere it keeps a dip by rounding from choosing a token of weight 0.
     """
     length = steps.shape[1]
-    if reads_are_free(steps):  # where running sums do grow steadily
-        found: Tensor = ops.searchsorted(reached, aim, right=True)
-        if bool((found < length).all()):
-            return found
     place = torch.arange(length, device=steps.device)
     # What lies beyond comes before all else, in its order; the rest follows in the reverse order.
     rank = torch.where(reached > aim, place, 2 * length - place)

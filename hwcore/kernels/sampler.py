@@ -78,17 +78,22 @@ class Sampler:
         tree, ops = self._tree, self._tree.ops
         found, total, highest = self._weigh(level)
         offered = level.of_requests(self._offered)  # [k, N]
-        mass = None
         if level.may_go_on is False:
-            tokens = children = torch.full_like(level.nodes, tree.nodes)
+            mass, children = None, torch.full_like(level.nodes, tree.nodes)
         else:
             mass, children = self._offer(level, offered, found, total, highest)
+        everyone = len(children)
+        ending = everyone if level.last else 0
+        if level.last is None:
+            ending = int((children == tree.nodes).count_nonzero())
+        if ending == everyone:
+            tokens = self._draw(level, offered, found, mass)
+        else:
             at = children.clamp(max=tree.nodes - 1).unsqueeze(1)
             tokens = ops.gather(offered, 1, at).squeeze(1)
-        ends = children == tree.nodes
-        if level.last or (level.last is None and bool(ends.any())):
-            drawn = self._draw(level, offered, found, mass)
-            tokens = torch.where(ends, drawn, tokens)
+            if ending:
+                drawn = self._draw(level, offered, found, mass)
+                tokens = torch.where(children == tree.nodes, drawn, tokens)
         if highest is not None and self.greedy is not None:
             tokens = torch.where(level.of_requests(self.greedy), highest, tokens)
         return Step(tokens, children)
@@ -144,17 +149,19 @@ class Sampler:
 
     def _draw(self, level: Level, offered: Tensor, found: Tensor, mass: Tensor | None) -> Tensor:
         """Draw from what is left, ``[k]``; for those whose children were all rejected."""
-        ops, valid = self._tree.ops, are_valid(found)
+        ops = self._tree.ops
         if mass is not None:
             # A weight minus itself is exactly 0. Of those that go on it is not needed any more.
             ops.scatter_add_(found, 1, offered, -mass)
         tokens, left = draw_with_total(found, level.at_nodes(self._final_coins), ops)
-        if mass is not None and not (reads_are_free(left) and bool((left > 0).all())):
+        if left is None:
+            return tokens
+        if mass is not None:
             # By rounding nothing may be left; then it is the last child, which all but had it.
             final = ops.amax(torch.where(mass > 0, self._tree.column, 0), 1, keepdim=True)
             final = ops.gather(offered, 1, final).squeeze(1)
             tokens = torch.where(left > 0, tokens, final)
-        return torch.where(valid, tokens, -1)
+        return torch.where(are_valid(found), tokens, -1)
 
 
 def _parts(values: Tensor | None, size: int) -> Iterable[Tensor | None]:

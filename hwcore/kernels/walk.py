@@ -76,11 +76,10 @@ class Level:
         path: list[Tensor],
         may_go_on: Tensor | bool,
         last: bool | None,
-        at: Tensor | None = None,
     ) -> None:
         self.tree, self.requests, self.nodes, self.path = tree, requests, nodes, path
         self.may_go_on, self.last = may_go_on, last
-        self.at = requests * tree.nodes + nodes if at is None else at
+        self.at = requests * tree.nodes + nodes
         self.everyone = len(requests) == tree.batch
 
     def parts(self, size: int) -> list[Level]:
@@ -111,8 +110,8 @@ class Level:
     def _part(self, cut: slice) -> Level:
         on = self.may_go_on if isinstance(self.may_go_on, bool) else self.may_go_on[cut]
         path = [nodes[cut] for nodes in self.path]
-        requests, nodes, at = self.requests[cut], self.nodes[cut], self.at[cut]
-        return Level(self.tree, requests, nodes, path, on, self.last, at)
+        requests, nodes = self.requests[cut], self.nodes[cut]
+        return Level(self.tree, requests, nodes, path, on, self.last)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -193,24 +192,25 @@ class Outputs:
     """What walks with some requests each write down; CPU only."""
 
     def __init__(self, tree: Tree, vocab: int) -> None:
-        shape = tree.batch, tree.spec_steps + 1
         self.vocab, self.ops = vocab, tree.ops
-        self.index = torch.full(shape, -1, dtype=torch.int64)
-        self.index[:, 0] = torch.arange(0, tree.batch * tree.nodes, tree.nodes)
-        self.tokens = torch.zeros(shape, dtype=torch.int64)
-        # One more, which -1 indexes.
-        self.predict = torch.zeros(tree.batch * tree.nodes + 1, dtype=torch.int32)
+        self.index = torch.full((tree.batch, tree.spec_steps + 1), -1, dtype=torch.int32)
+        self.predict = torch.zeros(tree.batch * tree.nodes, dtype=torch.int32)
+        self.bonus = torch.zeros(tree.batch, dtype=torch.int64)
+
+    def write(self, level: Level, tokens: Tensor) -> None:
+        """Write down a level's nodes, and the target's tokens after them."""
+        self.index[level.requests, len(level.path) - 1] = level.at.int()
+        self.predict[level.at] = tokens.int()
+        self.bonus[level.requests] = tokens
 
     def results(self) -> Verified:
         """Return the results in the order of the operations' contract."""
         lens = self.ops.sum(self.index >= 0, 1, dtype=torch.int32)
-        bonus = self.ops.gather(self.tokens, 1, (lens - 1).to(torch.int64).unsqueeze(1)).squeeze(1)
-        status = (bonus < 0).int()
+        status = (self.bonus < 0).int()
         if bool(status.any()):  # within a path all are valid
-            self.tokens[self.tokens < 0] = self.vocab - 1
-            bonus = torch.where(bonus < 0, self.vocab - 1, bonus)
-        self.predict[self.index.view(-1)] = self.tokens.view(-1).int()
-        return self.predict[:-1], self.index.int(), lens, bonus, status
+            self.predict[self.predict < 0] = self.vocab - 1
+            self.bonus[self.bonus < 0] = self.vocab - 1
+        return self.predict, self.index, lens, self.bonus, status
 
 
 def walk_the_living(
@@ -219,19 +219,16 @@ def walk_the_living(
     """Walk with some requests, at each level with those that still accept; CPU only."""
     nodes = torch.zeros_like(requests)
     path = [nodes]
-    at = None
-    for level in range(tree.spec_steps + 1 if len(requests) else 0):
-        step = choose(Level(tree, requests, nodes, path, level < tree.spec_steps, None, at))
-        outputs.tokens[requests, level] = step.tokens
-        if level == tree.spec_steps:
-            break
+    while len(requests):
+        may_go_on = len(path) <= tree.spec_steps
+        level = Level(tree, requests, nodes, path, may_go_on, None)
+        step = choose(level)
+        outputs.write(level, step.tokens)
         nodes = step.children
         (alive,) = torch.nonzero(nodes < tree.nodes, as_tuple=True)
+        if not (may_go_on and len(alive)):
+            break
         if len(alive) < len(requests):
             requests, nodes = requests[alive], nodes[alive]
             path = [before[alive] for before in path]
-        if not len(requests):
-            break
         path = [*path, nodes]
-        at = requests * tree.nodes + nodes
-        outputs.index[requests, level + 1] = at
