@@ -82,11 +82,11 @@ class Sampler:
             mass, children = None, torch.full_like(level.nodes, tree.nodes)
         else:
             mass, children = self._offer(level, offered, found, total, highest)
-        everyone = len(children)
-        ending = everyone if level.last else 0
+        walks = len(children)
+        ending = walks if level.last else 0
         if level.last is None:
             ending = int((children == tree.nodes).count_nonzero())
-        if ending == everyone:
+        if ending == walks:
             tokens = self._draw(level, offered, found, mass)
         else:
             at = children.clamp(max=tree.nodes - 1).unsqueeze(1)
