@@ -174,6 +174,8 @@ def triton_kernels(backend: str) -> Mapping[str, Callable[..., Any]]:
         triton = importlib.import_module("hwcore.kernels.triton")
         kernels: Mapping[str, Callable[..., Any]] = triton.kernels()
     except (ImportError, CapabilityError) as error:
-        _log.warning("backend %s runs the portable kernels, not the Triton ones: %s", backend, error)
+        _log.warning(
+            "backend %s runs the portable kernels, not the Triton ones: %s", backend, error
+        )
         return {}
     return kernels

@@ -49,7 +49,7 @@ def machine(folder, paths=(), *, build=None, libraries=True, denied=(), **enviro
 
 def install_torch(site, version, version_file):
     """Install a torch that cannot be imported: a probe must not try."""
-    (site / "torch").mkdir(parents=True)
+    (site / "torch").mkdir(parents=True, exist_ok=True)
     (site / "torch/__init__.py").write_text("raise RuntimeError('imported')\n")
     if version_file is not None:
         (site / "torch/version.py").write_text(version_file)

@@ -35,7 +35,8 @@ class FakeCuda:
             "is_current_stream_capturing": lambda: False,
             "graph_pool_handle": lambda: (0, 7),
             "CUDAGraph": self._graph,
-            "get_device_properties": lambda device=None: types.SimpleNamespace(gcnArchName="gfx90a"),
+            "get_device_properties": lambda device: types.SimpleNamespace(gcnArchName="gfx90a"),
+            "is_initialized": lambda: False,
             **answers,
         }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from hwcore_cuda import probe as cuda_probe
 from hwcore_cuda.plugin import CudaPlugin
 from hwcore_hip import probe as hip_probe
@@ -36,6 +37,12 @@ GPUS = {
         ("hip", HipPlugin, hip_probe, "hip"),
     )
 }
+
+
+def pytest_ignore_collect(collection_path, config):
+    """A run for sim holds what needs the simulated device, a run for any other the rest."""
+    on_sim = collection_path.name == "test_on_sim.py"
+    return on_sim != (config.getoption("backend") == "sim") or None
 
 
 @pytest.fixture(params=GPUS)

@@ -39,7 +39,9 @@ def host(site, folder, build):
     machine(folder, (*NVIDIA, *AMD), build=build)
     for name, plugin in (("cuda", "CudaPlugin"), ("hip", "HipPlugin")):
         source = PLUGIN.format(name=name, plugin=plugin, root=str(folder))
-        site.add(name, source, distribution=f"faked-{name}", value=f"faked_{name}:Plugin", good=False)
+        site.add(
+            name, source, distribution=f"faked-{name}", value=f"faked_{name}:Plugin", good=False
+        )
 
 
 @pytest.mark.parametrize("build", BUILDS)
