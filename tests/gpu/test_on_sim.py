@@ -135,6 +135,13 @@ def test_with_either_policy_hips_waits_order_and_the_host_goes_on(sim, policy, m
     assert [test.message for test in report.tests if test.outcome == "failed"] == []
 
 
+def test_on_hip_without_triton_sampling_samples(sim):
+    """The portable reference runs then, which never falls to the likeliest token."""
+    report = run(on_sim(GPUS["hip"]), raw=sim, keyword="sampling")
+    outcomes = [test.outcome for test in report.tests if test.group == "sampling"]
+    assert outcomes == ["passed"] * 4
+
+
 def test_with_the_hosts_wait_the_kit_says_that_the_host_does_not_go_on(sim, monkeypatch):
     monkeypatch.setenv("HWCORE_HIP_EVENT_WAIT", "host")
     report = run(on_sim(GPUS["hip"]), raw=sim, keyword="ordering or waiting")

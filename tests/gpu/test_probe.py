@@ -198,14 +198,24 @@ def test_a_variable_that_leaves_a_device_hides_nothing(name, variables, tmp_path
     assert answer(name, tmp_path, FITTING[name][0], **variables).ok
 
 
-@pytest.mark.parametrize(("name", "denied"), [("cuda", "dev/nvidia0"), ("hip", "dev/dri/card0")])
-def test_one_device_that_may_be_used_is_enough(name, denied, tmp_path):
-    assert answer(name, tmp_path, FITTING[name][0], denied=(denied,)).ok
+@pytest.mark.parametrize(
+    ("name", "denied", "other"),
+    [
+        ("cuda", "dev/nvidia0", "dev/nvidia1"),
+        ("hip", "dev/dri/renderD128", "dev/dri/renderD129"),
+    ],
+)
+def test_one_device_that_may_be_used_is_enough(name, denied, other, tmp_path):
+    files = (*FITTING[name][0], other)
+    assert answer(name, tmp_path, files, denied=(denied,)).ok
 
 
-@pytest.mark.parametrize("name", FITTING)
-def test_windows_driver_in_place_of_nodes_will_do(name, tmp_path):
-    assert answer(name, tmp_path, ("dev/dxg",)).ok
+@pytest.mark.parametrize(
+    ("name", "node"), [("cuda", "dev/dxg"), ("hip", "dev/dxg"), ("cuda", "dev/nvmap")]
+)
+def test_drivers_whose_nodes_have_other_names_will_do(name, node, tmp_path):
+    """Windows' driver below Linux, and that of NVIDIA's own boards."""
+    assert answer(name, tmp_path, (node,)).ok
 
 
 @pytest.mark.parametrize("beside", ["site/torch/lib", "site/_rocm_sdk_core/lib"])

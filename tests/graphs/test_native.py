@@ -125,6 +125,7 @@ def test_after_any_failure_stream_pool_and_graph_are_as_before(fails, raised, er
     assert [call for call in device.calls if call[0] == "discard"] == (
         [("discard", 1, "pool")] if began else []
     )
+    assert (("end", 1) in device.calls) == began
     assert graph.native is None
     device.fails.clear()
     assert graph.capture(lambda: "again") == "again"

@@ -34,7 +34,8 @@ def availability(machine: Machine | None = None) -> Availability:
 
 def _device_nodes(machine: Machine) -> Availability | None:
     """Look for the driver, and for device nodes that may be used."""
-    if machine.has("dev/dxg"):  # Windows' driver: one node for every GPU
+    # Windows' driver has one node for every GPU, that of NVIDIA's own boards other names.
+    if machine.has("dev/dxg") or machine.has("dev/nvmap"):
         return None
     nodes = machine.nodes("nvidia[0-9]*")
     if not nodes:
