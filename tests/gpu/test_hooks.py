@@ -33,7 +33,8 @@ def test_importing_the_plugin_imports_no_torch(gpu):
     assert done.stdout.strip() == "False"
 
 
-def test_on_a_torch_for_another_device_setup_names_the_one_to_install(gpu):
+def test_on_a_torch_for_another_device_setup_names_the_one_to_install(gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, gpu.toolkit, None)
     index = {"cuda": "cu130", "hip": "rocm7.0"}[gpu.name]
     with pytest.raises(SetupError) as caught:
         hwcore.Backend(gpu.plugin())
