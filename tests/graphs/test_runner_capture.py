@@ -333,6 +333,28 @@ def test_a_failure_names_its_bucket_and_leaves_an_empty_runner(hw, held, while_c
     runner.close()
 
 
+def test_out_of_memory_is_named_with_what_the_buckets_took(hw, held):
+    def step(x):
+        if x.shape[0] == 2:
+            message = "Tried to allocate 2.00 GiB"
+            raise torch.OutOfMemoryError(message)
+        return x + 1
+
+    runner = GraphRunner(step, X, [(8, 1), (4, 1), (2, 1)])
+    with pytest.raises(CaptureError) as caught:
+        runner.capture()
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    parts = r"bucket \(2, 1\) got no memory on .*: Tried to allocate 2.00 GiB; expected enough for "
+    parts += (
+        r"3 buckets. 2 were captured, and capturing took \d+ MiB; the inputs of all take \d+ MiB"
+    )
+    assert re.search(
+        parts + r"; \d+ MiB of \d+ MiB are free. Leave out the largest", str(caught.value)
+    )
+    assert held() == 0
+    assert not runner.can_run(1)
+
+
 def test_a_host_read_in_the_function_is_refused_with_its_bucket(hw):
     with pytest.raises(CaptureError, match=r"bucket \(4, 1\)"):
         runner_of(hw, lambda x: x * x.sum().item(), X, [(4, 1)])

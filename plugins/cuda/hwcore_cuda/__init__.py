@@ -1,0 +1,1 @@
+"""NVIDIA GPUs for hwcore. Importing this package imports no torch."""

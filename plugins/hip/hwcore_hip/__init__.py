@@ -1,0 +1,1 @@
+"""AMD GPUs for hwcore, through ROCm. Importing this package imports no torch."""
