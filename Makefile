@@ -136,6 +136,8 @@ wheel: $(STAMP)
 		venv/bin/python -c 'import hwcore; assert "site-packages" in hwcore.__file__; \
 			print(hwcore.__version__, hwcore.current_backend())'; \
 		venv/bin/hwcore doctor; \
+		venv/bin/python -c 'import sys; from hwcore_npu.plugin import NpuPlugin; \
+			print(NpuPlugin().probe()); assert "torch" not in sys.modules'; \
 		venv/bin/hwcore bench --quick dispatch || test $$? = 1; \
 		HWCORE_SIM_CACHE="$$fresh/cache" venv/bin/hwcore conformance --backend sim
 

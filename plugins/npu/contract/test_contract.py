@@ -102,6 +102,8 @@ def test_every_use_of_torch_npu_is_in_the_real_one(npu):
         signature = inspect.signature(real)
         unbound = [None] if inspect.isclass(owner) and inspect.isfunction(real) else []
         named = {keyword.arg: None for keyword in call.keywords}
+        # Named as such: a `**kwargs` takes anything, and torch_npu's C++ does not.
+        assert named.keys() <= signature.parameters.keys(), f"{place}: {receiver}.{attribute}"
         try:
             signature.bind(*unbound, *call.args, **named)
         except TypeError as error:

@@ -160,7 +160,7 @@ class NpuPlugin:
 
     @hwcore.hookimpl
     def compile_policy(self, request: CompileRequest) -> CompilePolicy:
-        reason = "torch's inductor has no code generator for the NPU and fails in the first step"
+        reason = "on the NPU inductor needs triton-ascend, and was seen to fail in the first step"
         return CompilePolicy(enabled=False, reason=reason)
 
     @hwcore.hookimpl

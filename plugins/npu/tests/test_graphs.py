@@ -265,12 +265,13 @@ def test_after_a_capture_that_fails_all_is_as_before(hw, monkeypatch, broken, fn
     with hw.stream_context(hw.create_stream()) if on_side else contextlib.nullcontext():
         before, left = hw.current_stream(), device.streams_left()
         device_at_fault = cannot(broken, monkeypatch) if broken else contextlib.nullcontext()
-        with device_at_fault, pytest.raises(error):
+        with device_at_fault, pytest.raises(error) as caught:
             hw.graph_capture(graph, fn, None, stream)
         assert hw.current_stream() == before
         assert not hw.is_capturing()
         assert _get_current_dispatch_mode_stack() == []
-        assert device.streams_left() == left  # the graph holds nothing
+        assert caught.traceback  # which holds the graph; and the graph holds nothing:
+        assert device.streams_left() == left
         x = torch.ones(2, device="npu")
         out = hw.graph_capture(graph, lambda: x + 1, None, stream)
         hw.graph_replay(graph)
