@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
 import npu_on_sim
 import pytest
@@ -215,6 +216,8 @@ def test_torch_is_a_build_for_another_accelerator(machine):
 
 def test_the_torch_that_is_installed_is_read_right():
     """Not the faked one: this suite runs on a build for the CPU."""
+    text = metadata.distribution("torch").read_text("../torch/version.py")
+    assert "cuda" in text
     assert torch_build._accelerator() is None
 
 
