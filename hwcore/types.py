@@ -234,7 +234,7 @@ class ReplayBatch:
     bucket : (int, int)
         Padded batch size and tokens per request that the graph was captured for.
     seq_lens : tuple of int
-        Host copy of the real requests' sequence lengths, in tokens.
+        Host copy of the real requests' sequence lengths, in tokens: before the step's own.
     padded_seq_lens : tuple of int
         The same with the padding rows; ``len(padded_seq_lens) == bucket[0]``.
     attention : str

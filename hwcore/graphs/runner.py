@@ -255,8 +255,8 @@ class GraphRunner:
             until this one has copied them, as :meth:`PlanStream.block
             <hwcore.overlap.PlanStream.block>` does with what it is given.
         seq_lens : tuple or list of int, [batch size]
-            The requests' lengths in tokens, as the host knows them. Empty for a batch of padding
-            alone, such as an idle data-parallel rank replays.
+            The requests' lengths in tokens before the step's own, as the host knows them. Empty for
+            a batch of padding alone, such as an idle data-parallel rank replays.
         tokens_per_request : int
             The bucket's own number.
         attention : str

@@ -1,0 +1,1 @@
+"""Huawei Ascend NPUs for hwcore, through torch_npu. Importing this package imports no torch."""
