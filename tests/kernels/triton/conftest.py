@@ -29,13 +29,12 @@ def kernels():
     return triton.kernels()
 
 
-@pytest.fixture(params=[(4096, 1), (64, 1), (64, 4)], ids="{0[0]} by {0[1]}".format)
+@pytest.fixture(params=[(4096, 1), (128, 1), (128, 4)], ids="{0[0]} by {0[1]}".format)
 def pieces(request, monkeypatch):
     """Rows read in one block, in several, and by several programs."""
     block, splits = request.param
     for name in ("verify_tree_greedy", "verify_tree_sampling"):
         monkeypatch.setitem(tuning.TUNED, name, tuning.Tuning(block=block, num_warps=4))
-    monkeypatch.setattr(tuning, "_PROGRAMS", 2**20)
     for name in ("greedy", "sampling"):
         module = f"hwcore.kernels.triton.{name}.splits_of_a_row"
         monkeypatch.setattr(module, lambda batch, vocab: splits)

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from hwcore.testing.conformance.operations import OPERATIONS
+
 from ...speculative._golden import load, names, parents_of_links  # noqa: TID252 - no package
 from ._compare import agree, seeded, spread
 from ._trees import random_parents
@@ -19,6 +21,12 @@ def test_build_tree_is_the_references(kernels, nodes, mode):
         agree(kernels, "build_tree", parents, lens, nodes - 1, MODES[mode], int(lens.sum()))
         few = spread(parents), spread(lens.int()), nodes - 1, MODES[mode], int(lens.sum())
         agree(kernels, "build_tree", *few)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_conformance_kits_trees(kernels, seed):
+    arguments, _ = OPERATIONS["build_tree"].inputs(seeded(seed), 2)
+    agree(kernels, "build_tree", *arguments)
 
 
 @pytest.mark.parametrize("mode", MODES)
