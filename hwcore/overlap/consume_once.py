@@ -72,7 +72,9 @@ class ConsumeOnce:
         self._flags = self._state[:, 0]
         self._padding, self._trash = self._state[0], self._state[pool_size]
         self._assert_and_invalidate = kernel(backend, assert_and_invalidate)
-        if not self._ops.on_cpu:  # no compiler follows work to the host and back
+        own = assert_and_invalidate.__name__ in backend.kernels()
+        # No compiler follows work to the host and back, and a kernel is compiled as it is.
+        if not self._ops.on_cpu and not own:
             self._assert_and_invalidate = compiled(
                 self._assert_and_invalidate, dynamic=True, fullgraph=True, backend=backend
             )

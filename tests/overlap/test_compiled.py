@@ -73,13 +73,24 @@ def test_compiled_it_gives_the_same_and_is_not_compiled_again_for_each_batch(com
     assert 1 <= compiling.counter.frame_count <= 3, "the first, and two more at most"
 
 
-def test_where_the_policy_says_no_it_stays_plain(hw, monkeypatch):
+def test_where_the_policy_says_no_it_stays_plain(monkeypatch):
+    class Plugin(CpuPlugin):
+        @hwcore.hookimpl
+        def compile_policy(self, request):
+            return CompilePolicy(enabled=False, reason="this test says so")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("it was compiled"))
+    assert steps(hwcore.Backend(Plugin())) == steps(hwcore.Backend(CpuPlugin()))
+
+
+def test_a_kernel_of_the_devices_own_is_not_compiled(monkeypatch):
+    """What it launches no compiler of torch's need understand."""
     calls = []
 
     class Plugin(CpuPlugin):
         @hwcore.hookimpl
         def compile_policy(self, request):
-            return CompilePolicy(enabled=False, reason="this test says so")
+            return CompilePolicy(enabled=True, reason="this test says so")
 
         @hwcore.hookimpl
         def kernels(self):
