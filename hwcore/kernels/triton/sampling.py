@@ -269,7 +269,7 @@ def _walk(
                         token = tl.load(tokens + final.to(tl.int64) * draft_step).to(tl.int64)
         node, said, path = note_level(
             request, node, level, token, child.to(tl.int64), said, path, lens, bonus, status,
-            nodes, spec_steps, vocab, NODES, STEPS,
+            nodes, vocab, NODES, STEPS,
         )  # fmt: skip
         level += 1
     end_walk(request, node, said, path, predict, index, at, nodes, spec_steps, NODES, STEPS)
