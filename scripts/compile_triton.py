@@ -119,6 +119,9 @@ def usual_launches() -> list[Launch]:
         cut = floats(bs), ints(bs), floats(bs), floats(bs), *coins, True
         for name, rest in (("plain", plain), ("cut and greedy", cut)):
             calls.append(("verify_tree_sampling", f"{bs} requests, {name}", *tree, logits, *rest))
+        # Here the greedy requests compare in float64, and the others in float32.
+        exact = f"{bs} requests, float64"
+        calls.append(("verify_tree_sampling", exact, *tree, logits.double(), *cut))
     found = [launch for call in calls for launch in launches_of(*call)]
     return list({launch.name: launch for launch in found}.values())
 
@@ -182,7 +185,7 @@ _PAGE = """# What the Triton kernels take
 
 Written by `make triton-table`: registers of a thread / bytes of a thread kept in memory for want of
 them / bytes of shared memory of a program, as Triton {triton} compiles each kernel for bfloat16
-logits, 64 nodes and 131072 tokens, without a device. Nothing here was run.
+logits (where nothing else is said), 64 nodes and 131072 tokens, without a device. Nothing here was run.
 
 {table}
 """
