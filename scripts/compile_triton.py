@@ -122,6 +122,26 @@ def usual_launches() -> list[Launch]:
         # Here the greedy requests compare in float64, and the others in float32.
         exact = f"{bs} requests, float64"
         calls.append(("verify_tree_sampling", exact, *tree, logits.double(), *cut))
+    # Triton makes a constant of each number that is 1, which some of its functions do not take.
+    one, tree, logits = ints(1), [ints(1, 1)] * 4, floats(1, 1, 1)
+    index, chances = ints(1, 1).int(), floats(1)
+    calls += [
+        ("gather_rows", "smallest", ints(1, 1), one, ints(1, 1)),
+        ("assert_and_invalidate", "smallest", one, index, one, one[0]),
+        ("commit_paths", "smallest", one.int(), index, one.int(), one, ints(1, 1), 1),
+        ("mrope_positions", "smallest trees", one, one, one, None),
+        ("mrope_positions", "smallest paths", one, one, one, one),
+        *(("build_tree", f"smallest, mode {mode}", tree[0], one, 0, mode, 1) for mode in range(3)),
+        ("verify_tree_greedy", "smallest", *tree, logits, 0),
+        (
+            "verify_tree_sampling",
+            "smallest",
+            *tree,
+            logits,
+            *(chances, one, chances, chances),
+            *(floats(1, 1), floats(1, 1), 1.0, 1.0, 0),
+        ),
+    ]
     found = [launch for call in calls for launch in launches_of(*call)]
     return list({launch.name: launch for launch in found}.values())
 
@@ -185,7 +205,8 @@ _PAGE = """# What the Triton kernels take
 
 Written by `make triton-table`: registers of a thread / bytes of a thread kept in memory for want of
 them / bytes of shared memory of a program, as Triton {triton} compiles each kernel for bfloat16
-logits (where nothing else is said), 64 nodes and 131072 tokens, without a device. Nothing here was run.
+logits (where nothing else is said), 64 nodes and 131072 tokens, without a device. Nothing
+here was run.
 
 {table}
 """
