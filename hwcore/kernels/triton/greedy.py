@@ -155,7 +155,7 @@ def _walk(
         child = first_of((parent_of == node) & (token_of == token) & there, column, nodes)
         node, said, path = note_level(
             request, node, level, token, child.to(tl.int64), said, path, lens, bonus, status,
-            nodes, spec_steps, vocab, NODES, STEPS,
+            nodes, vocab, NODES, STEPS,
         )  # fmt: skip
         level += 1
     end_walk(request, node, said, path, predict, index, at, nodes, spec_steps, NODES, STEPS)

@@ -85,5 +85,6 @@ def _mrope_positions(
     row = tl.load(rows + request * row_step, mask=there, other=0).to(tl.int64)
     ahead = tl.load(deltas + row * delta_step, mask=there, other=0)
     moved = tl.load(positions + token * position_step, mask=there, other=0) + ahead
-    for axis in tl.static_range(3):
-        tl.store(out + axis * tokens.to(tl.int64) + token, moved, mask=there)
+    for _ in tl.static_range(3):
+        tl.store(out + token, moved, mask=there)
+        out += tokens

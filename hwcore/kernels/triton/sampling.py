@@ -134,8 +134,8 @@ def _read_rows(
         temperature = tl.load(temperatures + request)
         if ANY_GREEDY & (temperature <= 0):
             wide: tl.constexpr = tops.dtype.element_ty
-            top, token = highest_of(row, token_stride, begin, end, wide, BLOCK)
-            tl.store(tops + out, top)
+            best, token = highest_of(row, token_stride, begin, end, wide, BLOCK)
+            tl.store(tops + out, best)
             tl.store(found + out, token)
         else:
             divisor = tl.maximum(temperature, 1e-20)
@@ -222,10 +222,10 @@ def _walk(
         if ANY_GREEDY & (temperature <= 0):
             if SPLITS == 1:
                 wide: tl.constexpr = tops.dtype.element_ty
-                top, highest = highest_of(row, token_stride, 0, vocab, wide, BLOCK)
+                best, highest = highest_of(row, token_stride, 0, vocab, wide, BLOCK)
             else:
-                top, highest = joined_highest(tl.load(tops + part), tl.load(found + part))
-            token = valid_token(top, highest)
+                best, highest = joined_highest(tl.load(tops + part), tl.load(found + part))
+            token = valid_token(best, highest)
             child = first_of(is_child & (token_of == token), column, nodes)
         else:
             if SPLITS == 1:
@@ -269,7 +269,7 @@ def _walk(
                         token = tl.load(tokens + final.to(tl.int64) * draft_step).to(tl.int64)
         node, said, path = note_level(
             request, node, level, token, child.to(tl.int64), said, path, lens, bonus, status,
-            nodes, spec_steps, vocab, NODES, STEPS,
+            nodes, vocab, NODES, STEPS,
         )  # fmt: skip
         level += 1
     end_walk(request, node, said, path, predict, index, at, nodes, spec_steps, NODES, STEPS)

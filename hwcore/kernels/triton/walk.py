@@ -90,7 +90,6 @@ def note_level(
     bonus,
     status,
     nodes,
-    spec_steps,
     vocab,
     NODES: tl.constexpr,
     STEPS: tl.constexpr,
@@ -107,7 +106,7 @@ def note_level(
     tl.store(bonus + request, last)
     tl.store(status + request, tl.where(token < 0, 1, 0))
     tl.store(lens + request, level + 1)
-    return tl.where((child < nodes) & (level < spec_steps), child, -1), said, path
+    return tl.where(child < nodes, child, -1), said, path
 
 
 @triton.jit
