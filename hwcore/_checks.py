@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 
 from hwcore._env import debug_enabled
+from hwcore.backend import backends_of
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 from hwcore.graphs import tape
 
@@ -31,10 +32,10 @@ def may_read(tensor: torch.Tensor) -> bool:
 
 def is_captured(tensor: torch.Tensor) -> bool:
     """Say whether what is done to ``tensor`` now goes into a graph, the tape's or the device's."""
-    from hwcore.activation import current_backend
-
-    on_device = tensor.device.type != "cpu"
-    return tape.is_capturing() or (on_device and current_backend().is_capturing())
+    kind = tensor.device.type
+    # Of those there are: a check must not select one.
+    backends = [] if kind == "cpu" else backends_of(kind)
+    return tape.is_capturing() or any(backend.is_capturing() for backend in backends)
 
 
 def check_instance(where: str, name: str, value: object, expected: type, maker: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,14 @@ else:
     # The hooks are instance attributes; type checkers read their signatures off the contract.
     _Hooks = object
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "backends_of"]
+
+_made: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
+def backends_of(device_type: str) -> list[Backend]:
+    """Return the backends of a device type that this process has, selected or not."""
+    return [backend for backend in list(_made) if backend.info.device_type == device_type]
 
 
 class Backend(_Hooks):
@@ -88,6 +96,7 @@ class Backend(_Hooks):
         if self._functions["is_initialized"]():
             self._check_device_hooks()
         self._bind(HOOKS)
+        _made.add(self)
 
     def __repr__(self) -> str:
         return f"<hwcore.Backend {self.info.name!r} from {self.origin.distribution}>"

@@ -81,3 +81,19 @@ def test_bad_input_is_named(changed, error, message, hw):
     cache_locs(**arguments)
     with pytest.raises(error, match="^cache_locs: " + message):
         cache_locs(**(arguments | changed))
+
+
+def test_a_check_while_debugging_selects_no_backend(processes, hw):
+    if hw.info.name != "sim":
+        pytest.skip("only there is a device that can be used without being selected")
+    script = """
+        import os, torch, hwcore
+        from hwcore.speculative import cache_locs
+        from hwcore_sim.plugin import SimPlugin
+        os.environ["HWCORE_DEBUG"] = "1"
+        hw = hwcore.Backend(SimPlugin())
+        table, one = torch.arange(6).view(2, 3), torch.ones(1, dtype=torch.int64)
+        there = [values.to(hw.device()) for values in (table, one, one)]
+        print(cache_locs(*there, 2, backend=hw).tolist(), "HWCORE_BACKEND" in os.environ)
+    """
+    assert processes.run(script).output == ["[[4, 5]] False"]
