@@ -10,7 +10,7 @@ import pytest
 
 import hwcore
 from hwcore.testing.conformance import run
-from hwcore.types import Availability, BackendInfo
+from hwcore.types import Availability, BackendInfo, CompilePolicy
 
 from .conftest import GPUS
 
@@ -38,11 +38,21 @@ CAPABILITIES = {
 
 @pytest.fixture(scope="module")
 def sim():
-    """The simulated device."""
+    """The simulated device; its streams are again as they were after it."""
+    from hwcore_sim import device
     from hwcore_sim.device.raw import SimRawAccess
 
+    stalled = []
+
+    class Raw(SimRawAccess):
+        def stall(self, stream):
+            stalled.append(stream)
+            super().stall(stream)
+
     hwcore.use("sim")
-    return SimRawAccess()
+    yield Raw()
+    for stream in stalled:
+        device.set_drain_policy(None, stream)
 
 
 class SimGraph:
@@ -118,6 +128,15 @@ def on_sim(gpu):
         def setup(self):
             super().setup()
             self._captures = SimCaptures()
+
+        # What Triton compiles runs on a GPU alone, also where it is installed.
+        @hwcore.hookimpl
+        def kernels(self):
+            return {}
+
+        @hwcore.hookimpl
+        def compile_policy(self, request):
+            return CompilePolicy(enabled=False, reason="there is no GPU")
 
     return hwcore.Backend(OnSim("sim"))
 
