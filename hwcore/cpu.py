@@ -14,7 +14,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    describe,
+    no_interprocess_events,
+)
 from hwcore.hookspecs import API_VERSION, hookimpl
 from hwcore.types import Availability, BackendInfo, CompilePolicy, MemoryInfo
 
@@ -215,7 +220,10 @@ class CpuPlugin:
         device: torch.device | None = None,
         enable_timing: bool = False,
         blocking: bool = False,
+        interprocess: bool = False,
     ) -> CpuEvent:
+        if interprocess:
+            raise no_interprocess_events(self._device.type)
         return CpuEvent(self._device, enable_timing)
 
     @hookimpl

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from hwcore.errors import CapabilityError
+from hwcore.errors import CapabilityError, no_interprocess_events
 from hwcore.graphs import tape
 from hwcore.hookspecs import hookimpl
 from hwcore.types import (
@@ -111,7 +111,10 @@ class Defaults:
         device: torch.device | None = None,
         enable_timing: bool = False,
         blocking: bool = False,
+        interprocess: bool = False,
     ) -> Event:
+        if interprocess:
+            raise no_interprocess_events(self._device_type)
         return torch.Event(self._device(device), enable_timing=enable_timing, blocking=blocking)
 
     @hookimpl

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
 from hwcore.errors import ArgumentValueError, CapabilityError, describe
 from hwcore.hookspecs import hookimpl
-from hwcore.types import MemoryInfo
+from hwcore.types import CompilePolicy, MemoryInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
     import torch
 
+    from hwcore.graphs.native import Graph
+    from hwcore.graphs.native_captures import Captures
     from hwcore.types import Event, Stream
 
-__all__ = ["DeviceModuleHooks", "triton_kernels"]
+__all__ = ["DeviceModuleHooks", "NativeGraphHooks", "inductor_policy", "triton_kernels"]
 
 _log = logging.getLogger("hwcore")
 
@@ -107,10 +110,18 @@ class DeviceModuleHooks:
         device: torch.device | None = None,
         enable_timing: bool = False,
         blocking: bool = False,
+        interprocess: bool = False,
     ) -> Event:
         # The event is made when it is first recorded, on the device of that stream.
         self._checked_device(device)
-        event: Event = self._module.Event(enable_timing=enable_timing, blocking=blocking)
+        if enable_timing and interprocess:
+            expected, fix = "one of both, for runtimes have none that does both", "Make two events"
+            got = "enable_timing=True, interprocess=True"
+            what = "create_event: arguments"
+            raise ArgumentValueError(describe(self._plugin, what, got, expected, fix))
+        event: Event = self._module.Event(
+            enable_timing=enable_timing, blocking=blocking, interprocess=interprocess
+        )
         return event
 
     @hookimpl
@@ -159,6 +170,43 @@ class DeviceModuleHooks:
             fix = "Make one event for each device, with create_event(device)"
             message = describe(self._plugin, "`event`", device, expected, fix)
             raise ArgumentValueError(message) from error
+
+
+class NativeGraphHooks:
+    """Graph hooks, for a plugin whose device captures by itself.
+
+    ``setup`` of the plugin sets ``_captures``.
+    """
+
+    _captures: Captures
+
+    @hookimpl
+    def create_graph(self) -> Graph:
+        from hwcore.graphs.native import Graph
+
+        return Graph(self._captures)
+
+    @hookimpl
+    def graph_pool(self) -> Any:
+        return self._captures.pool()
+
+    @hookimpl
+    def graph_capture(
+        self, graph: Graph, fn: Callable[[], Any], pool: Any = None, stream: Stream | None = None
+    ) -> Any:
+        return graph.capture(fn, pool, stream)
+
+    @hookimpl
+    def is_capturing(self) -> bool:
+        return self._captures.is_capturing()
+
+
+def inductor_policy() -> CompilePolicy:
+    """Return the policy of a device that inductor writes Triton for: off where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "inductor needs Triton, which is not installed: `pip install triton`"
+        return CompilePolicy(enabled=False, reason=reason)
+    return CompilePolicy(enabled=True, reason="inductor has a code generator for it")
 
 
 @functools.cache

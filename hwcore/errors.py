@@ -29,6 +29,7 @@ __all__ = [
     "TorchImportError",
     "UnknownBackendError",
     "describe",
+    "no_interprocess_events",
     "shown",
 ]
 
@@ -189,3 +190,13 @@ def describe(where: str, what: str, got: object, expected: str, fix: str) -> str
         An imperative sentence without its full stop.
     """
     return f"{where}: {what} got {shown(got)}; expected {expected}. {fix}."
+
+
+def no_interprocess_events(device_type: str) -> CapabilityError:
+    """Return what a device says whose events no other process can open."""
+    message = (
+        f"create_event: `interprocess` got True; expected False, for events of `{device_type}` "
+        f"cannot be shared between processes. Wait for the event and send a message instead, or "
+        f"look for `interprocess_events` in backend_info().capabilities."
+    )
+    return CapabilityError(message)

@@ -196,13 +196,16 @@ class HookSpecs:
         device: torch.device | None = None,
         enable_timing: bool = False,
         blocking: bool = False,
+        interprocess: bool = False,
     ) -> Event:
         """Return a new event, not yet recorded.
 
         ``enable_timing``: ``elapsed_time`` works. ``blocking``: the host sleeps in
-        ``synchronize_event`` rather than spin.
+        ``synchronize_event`` rather than spin. ``interprocess``: ``ipc_handle()`` gives what
+        another process makes the same event from, by the class method ``from_ipc_handle``; where
+        the device has none, CapabilityError.
 
-        Default: ``torch.Event``.
+        Default: ``torch.Event``, which has no such handle.
         """
 
     @_spec

@@ -7,7 +7,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING
 
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, CapabilityError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ class Registration:
     buffer : memoryview
         Writable, contiguous, not empty. It cannot be resized or unmapped before it is closed.
     lock : callable
-        Called with address and size in bytes; raises where the driver refuses.
+        Called with address and size in bytes; raises RuntimeError where the driver refuses.
     unlock : callable
         Called with the address, once, unless ``lock`` raised.
 
@@ -36,6 +36,8 @@ class Registration:
     ------
     ArgumentTypeError, ArgumentValueError
         If the buffer is none that could be page-locked.
+    CapabilityError
+        If the driver refuses.
     """
 
     def __init__(
@@ -58,7 +60,15 @@ class Registration:
         # Holds the buffer's memory: its owner cannot unmap what the driver has locked.
         held = (ctypes.c_char * self.size_bytes).from_buffer(buffer)
         self.address = ctypes.addressof(held)
-        lock(self.address, self.size_bytes)
+        try:
+            lock(self.address, self.size_bytes)
+        except RuntimeError as error:
+            message = (
+                f"{where}: the driver said `{error}` of {self.size_bytes} bytes; expected memory "
+                f"that it can page-lock. Close an earlier registration of the same memory, or "
+                f"register less: all of it must fit into the machine's memory."
+            )
+            raise CapabilityError(message) from error
         self._close = weakref.finalize(self, _unlock, unlock, self.address, [held], os.getpid())
 
     def close(self) -> None:

@@ -51,6 +51,13 @@ class Machine:
         """Say whether a file is there, such as ``"sys/module/driver"``."""
         return (self.root / path).exists()
 
+    def text(self, path: str) -> str:
+        """Return what a file says; nothing where there is none, or this user may not read it."""
+        try:
+            return (self.root / path).read_text()
+        except OSError:
+            return ""
+
     def nodes(self, pattern: str) -> list[pathlib.Path]:
         """Return the device nodes of a pattern, such as ``"dri/renderD*"``, sorted."""
         return sorted((self.root / "dev").glob(pattern))

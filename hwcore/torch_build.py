@@ -40,6 +40,26 @@ class TorchBuild:
         """The version's local part, such as ``"cpu"``; empty where there is none."""
         return self.version.partition("+")[2]
 
+    @property
+    def release(self) -> str:
+        """The version without its local part, such as ``"2.13.0"``."""
+        return self.version.partition("+")[0]
+
+    def toolkit(self, name: str, label: str) -> str:
+        """Return the version of a toolkit that it was built with; empty where it was not.
+
+        Parameters
+        ----------
+        name : str
+            As ``torch/version.py`` has it, which says it of every build.
+        label : str
+            How the version's local part begins in builds with it: looked at where the file cannot
+            be read.
+        """
+        if self.toolkits is not None:
+            return self.toolkits.get(name, "")
+        return self.local if self.local.startswith(label) else ""
+
 
 def installed(path: Sequence[str] | None = None) -> TorchBuild | None:
     """Return the torch that ``import torch`` would find, or None where there is none.

@@ -39,6 +39,7 @@ Capability = Literal[
     "stream_priorities",
     "event_timing",
     "blocking_events",  # synchronize_event can sleep instead of spinning
+    "interprocess_events",  # an event can be opened in another process, by its handle
     "graphs",
     "pinned_memory",
     "host_registration",

@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from hwcore.errors import CapabilityError
 from hwcore.host_memory import Registration
 
 
@@ -49,6 +50,17 @@ def test_what_could_not_be_locked_is_not_unlocked():
     gc.collect()
     buffer.append(1)  # no longer held
     assert unlocked == []
+
+
+def test_what_the_driver_says_is_named_with_the_size():
+    def refuse(address, size_bytes):
+        message = "part of the range is already mapped"
+        raise RuntimeError(message)
+
+    with pytest.raises(CapabilityError) as caught:
+        Registration(memoryview(bytearray(8)), refuse, lambda _: None)
+    assert "the driver said `part of the range is already mapped` of 8 bytes" in str(caught.value)
+    assert "Close an earlier registration" in str(caught.value)
 
 
 def test_a_forked_child_unlocks_nothing(monkeypatch):

@@ -124,7 +124,7 @@ class GraphSet:
                     with torch.no_grad():
                         self.graphs[bucket] = self._capture_one(bucket, pool, stream)
                 except torch.OutOfMemoryError as error:
-                    raise self._out_of_memory(bucket, done, used_bytes(), error) from error
+                    raise self._out_of_memory(bucket, done, used_bytes, error) from error
                 except Exception as error:
                     message = (
                         f"GraphRunner.capture: bucket {bucket} got {error!r}; expected fn to run "
@@ -138,24 +138,33 @@ class GraphSet:
         _log.info("%d graphs captured on %s, %.0f MiB used", len(buckets), device, size)
 
     def _out_of_memory(
-        self, bucket: Bucket, done: int, used: int, error: torch.OutOfMemoryError
+        self,
+        bucket: Bucket,
+        done: int,
+        used_bytes: Callable[[], int],
+        error: torch.OutOfMemoryError,
     ) -> CaptureError:
         """Return the error that says how much memory the buckets took, up to the one that failed.
 
         Larger buckets come first and share their pool, so that a later one needs little more.
         """
         device = self._buffers.device
-        memory = self._hw.memory_info(device.index)
         buckets = self._buffers.buckets
-        took, inputs, free, total = (
-            f"{size / 2**20:.0f} MiB"
-            for size in (used, self._buffers.memory.nbytes, memory.free_bytes, memory.total_bytes)
-        )
+        inputs = self._buffers.memory.nbytes
+        try:
+            memory, used = self._hw.memory_info(device.index), used_bytes()
+        except Exception as unknown:  # noqa: BLE001 - it would hide what is wrong
+            left = f"what they took and what is free is not known: {unknown!r}"
+        else:
+            left = (
+                f"capturing took {used / 2**20:.0f} MiB; {memory.free_bytes / 2**20:.0f} MiB of "
+                f"{memory.total_bytes / 2**20:.0f} MiB are free"
+            )
         message = (
             f"GraphRunner.capture: bucket {bucket} got no memory on {device}: {error}; expected "
-            f"enough for {len(buckets)} buckets. {done} were captured, and capturing took {took}; "
-            f"the inputs of all take {inputs}; {free} of {total} are free. Leave out the largest "
-            f"batch sizes, or make other pools (a KV cache) smaller; all graphs were released."
+            f"enough for {len(buckets)} buckets. {done} were captured; the inputs of all take "
+            f"{inputs / 2**20:.0f} MiB; {left}. Leave out the largest batch sizes, or make other "
+            f"pools (a KV cache) smaller; all graphs were released."
         )
         return CaptureError(message)
 

@@ -1,14 +1,14 @@
 """Graphs that a device captures by itself, with the surface that the tape has.
 
-A plugin says how its device begins and ends a capture (:class:`Captures`); what a capture owes its
-caller, whatever goes wrong in it, is here once.
+A plugin says how its device begins and ends a capture (:mod:`hwcore.graphs.native_captures`); what
+a capture owes its caller, whatever goes wrong in it, is here once.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 
@@ -16,11 +16,11 @@ from hwcore.errors import ArgumentTypeError, CaptureError, HwcoreError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
+    from hwcore.graphs.native_captures import Captures
     from hwcore.types import Stream
 
-__all__ = ["Captures", "Graph", "in_capture"]
+__all__ = ["Graph", "in_capture"]
 
 T = TypeVar("T")
 
@@ -41,34 +41,6 @@ def in_capture() -> bool:
     to takes part in no capture yet, and what is refused in a capture is refused there too.
     """
     return _thread.capturing
-
-
-class Captures(Protocol):
-    """How a device captures: what a plugin brings for :class:`Graph`."""
-
-    def create(self) -> Any:
-        """Return a new, empty graph of the device, with a method ``replay()``."""
-
-    def pool(self) -> Any:
-        """Return a handle of memory that graphs may share."""
-
-    def stream(self) -> Stream:
-        """Return the stream to capture on where the caller names none."""
-
-    def context(self, stream: Stream) -> AbstractContextManager[Any]:
-        """Return a context in which a stream is current; leaving it must not raise."""
-
-    def prepare(self) -> None:
-        """Make room before a capture, which cannot be done in it. The host may wait."""
-
-    def begin(self, graph: Any, pool: Any) -> None:
-        """Begin a capture on the current stream, with memory from ``pool``."""
-
-    def end(self, graph: Any) -> None:
-        """End the capture of the current stream. After it ``graph`` can be replayed."""
-
-    def discard(self, graph: Any, pool: Any) -> None:
-        """Empty a graph, in whatever state, and give back what it holds of its pool."""
 
 
 class Graph:

@@ -106,8 +106,21 @@ def test_streams_and_events_are_of_the_devices_own_classes(plugin, fake):
     assert plugin.create_stream(torch.device("cuda:1"), -1) == "a Stream"
     assert plugin.create_event(enable_timing=True, blocking=True) == "a Event"
     assert fake.named("Stream") == [((torch.device("cuda:1"), -1), {})]
-    assert fake.named("Event") == [((), {"enable_timing": True, "blocking": True})]
+    asked = {"enable_timing": True, "blocking": True, "interprocess": False}
+    assert fake.named("Event") == [((), asked)]
     assert plugin.current_stream() == "the current stream"
+
+
+def test_an_event_for_other_processes_is_the_devices(plugin, fake):
+    plugin.create_event(interprocess=True)
+    assert fake.named("Event")[0][1]["interprocess"]
+    assert "interprocess_events" in plugin.backend_info().capabilities
+
+
+def test_and_cannot_be_timed(plugin, fake):
+    with pytest.raises(ArgumentValueError, match="runtimes have none that does both"):
+        plugin.create_event(enable_timing=True, interprocess=True)
+    assert fake.named("Event") == []
 
 
 def test_an_event_of_another_device_is_named(plugin):
@@ -217,15 +230,15 @@ def test_host_memory_is_registered_with_the_driver_until_closed(plugin, runtime)
 
 
 def test_what_the_driver_refuses_is_named_and_no_later_kernel_reports_it(
-    plugin, gpu, runtime, monkeypatch
+    plugin, runtime, monkeypatch
 ):
     kernels = []
     monkeypatch.setattr(torch, "zeros", lambda size, device: kernels.append(device))
     runtime.code = 712
     with pytest.raises(CapabilityError) as caught:
         plugin.register_host_memory(memoryview(bytearray(64)))
-    assert f"hwcore-{gpu.name}: register_host_memory got `part or all" in str(caught.value)
-    assert "(712)` for 64 bytes" in str(caught.value)
+    assert "register_host_memory: the driver said `part or all" in str(caught.value)
+    assert "(712)` of 64 bytes" in str(caught.value)
     assert kernels == ["cuda"]  # it takes the pending code
 
 
@@ -349,13 +362,6 @@ def test_each_plugin_is_small_and_has_the_same_files(gpu):
 
     folder = pathlib.Path(inspect.getfile(gpu.plugin)).parent
     files = {file.name: len(file.read_text().splitlines()) for file in folder.glob("*.py")}
-    shared = {
-        "__init__.py",
-        "graphs.py",
-        "host_memory.py",
-        "plugin.py",
-        "probe.py",
-        "torch_build.py",
-    }
+    shared = {"__init__.py", "graphs.py", "plugin.py", "probe.py", "torch_build.py"}
     assert set(files) - {"event_wait.py"} == shared
     assert max(files.values()) <= 250

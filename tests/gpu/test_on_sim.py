@@ -20,6 +20,8 @@ GROUPS = (
 LEFT_OUT = (
     # A subclass of torch.Event, such as torch.sim's, is refused by torch as the later event.
     "elapsed_time or "
+    # The simulated device's events have no handle.
+    "for_other_processes or "
     # These call torch.cuda.
     "through_its_registration"
 )
@@ -69,7 +71,7 @@ class SimGraph:
 
 
 class SimCaptures:
-    """Captures of the simulated device; see ``hwcore.graphs.native.Captures``."""
+    """Captures of the simulated device; see ``hwcore.graphs.native_captures.Captures``."""
 
     def __init__(self):
         self._stream = None
@@ -100,6 +102,11 @@ class SimCaptures:
             message = f"the capture is broken: {graph.native.fault}"
             raise RuntimeError(message)
         graph.native.end()
+
+    def is_capturing(self):
+        from hwcore_sim import device
+
+        return device.is_capturing()
 
     def discard(self, graph, pool):
         graph.native.abort()

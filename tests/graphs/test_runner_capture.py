@@ -345,14 +345,26 @@ def test_out_of_memory_is_named_with_what_the_buckets_took(hw, held):
         runner.capture()
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     parts = r"bucket \(2, 1\) got no memory on .*: Tried to allocate 2.00 GiB; expected enough for "
-    parts += (
-        r"3 buckets. 2 were captured, and capturing took \d+ MiB; the inputs of all take \d+ MiB"
-    )
+    parts += r"3 buckets. 2 were captured; the inputs of all take \d+ MiB; capturing took \d+ MiB"
     assert re.search(
         parts + r"; \d+ MiB of \d+ MiB are free. Leave out the largest", str(caught.value)
     )
     assert held() == 0
     assert not runner.can_run(1)
+
+
+def test_out_of_memory_is_named_also_where_the_device_answers_nothing_any_more(hw, monkeypatch):
+    def no_answer(index=None):
+        message = "the device does not answer"
+        raise OSError(message)
+
+    def step(x):
+        monkeypatch.setattr(hw, "memory_info", no_answer)
+        raise torch.OutOfMemoryError
+
+    runner = GraphRunner(step, X, [(2, 1)], backend=hw)
+    with pytest.raises(CaptureError, match=r"bucket \(2, 1\) got no memory.*does not answer"):
+        runner.capture()
 
 
 def test_a_host_read_in_the_function_is_refused_with_its_bucket(hw):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import hwcore
-from hwcore.device_module import DeviceModuleHooks, triton_kernels
+from hwcore.device_module import (
+    DeviceModuleHooks,
+    NativeGraphHooks,
+    inductor_policy,
+    triton_kernels,
+)
 from hwcore.types import (
     Availability,
     BackendInfo,
@@ -18,14 +24,15 @@ from hwcore_cuda import probe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hwcore.graphs.native import Graph
     from hwcore.host_memory import Registration
-    from hwcore.types import CompileRequest, Stream
+    from hwcore.types import CompileRequest
 
 __all__ = ["CudaPlugin"]
 
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
-class CudaPlugin(DeviceModuleHooks):
+
+class CudaPlugin(DeviceModuleHooks, NativeGraphHooks):
     """NVIDIA GPUs through a torch that was built for CUDA.
 
     Parameters
@@ -50,6 +57,7 @@ class CudaPlugin(DeviceModuleHooks):
                     "stream_priorities",
                     "event_timing",
                     "blocking_events",
+                    "interprocess_events",
                     "graphs",
                     "pinned_memory",
                     "host_registration",
@@ -83,20 +91,13 @@ class CudaPlugin(DeviceModuleHooks):
             "Look at `nvidia-smi` and CUDA_VISIBLE_DEVICES: the GPU has fallen off the bus, or "
             "the variable was changed since"
         )
-        from hwcore_cuda.graphs import CudaCaptures
-        from hwcore_cuda.host_memory import HostMemory
+        from hwcore_cuda.graphs import captures
 
-        self._captures = CudaCaptures(self._module)
-        self._host_memory = HostMemory(self._module)
+        self._captures = captures(self._module)
 
     @hwcore.hookimpl
     def compile_policy(self, request: CompileRequest) -> CompilePolicy:
-        from importlib.util import find_spec
-
-        if find_spec("triton") is None:
-            reason = "inductor needs Triton, which is not installed: `pip install triton`"
-            return CompilePolicy(enabled=False, reason=reason)
-        return CompilePolicy(enabled=True, reason="inductor has a code generator for it")
+        return inductor_policy()
 
     @hwcore.hookimpl
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
@@ -106,7 +107,23 @@ class CudaPlugin(DeviceModuleHooks):
 
     @hwcore.hookimpl
     def register_host_memory(self, buffer: memoryview) -> Registration:
-        return self._host_memory.register(buffer)
+        from hwcore.host_memory import Registration
+
+        return Registration(buffer, self._lock, self._unlock)
+
+    def _lock(self, address: int, size_bytes: int) -> None:
+        import torch
+
+        code = self._module.cudart().cudaHostRegister(address, size_bytes, _PORTABLE)
+        try:
+            self._module.check_error(code)
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # it has the code too, left for the next kernel
+                torch.zeros(1, device=self._device_type)
+            raise
+
+    def _unlock(self, address: int) -> None:
+        self._module.check_error(self._module.cudart().cudaHostUnregister(address))
 
     @hwcore.hookimpl
     def host_memory_policy(self) -> HostMemoryPolicy:
@@ -115,28 +132,6 @@ class CudaPlugin(DeviceModuleHooks):
         return HostMemoryPolicy(
             can_pin=True, reuse_waits_for_copy=True, copies_ordered_with_kernels=True
         )
-
-    # --- Graphs ---
-
-    @hwcore.hookimpl
-    def create_graph(self) -> Graph:
-        from hwcore.graphs.native import Graph
-
-        return Graph(self._captures)
-
-    @hwcore.hookimpl
-    def graph_pool(self) -> Any:
-        return self._captures.pool()
-
-    @hwcore.hookimpl
-    def graph_capture(
-        self, graph: Graph, fn: Callable[[], Any], pool: Any = None, stream: Stream | None = None
-    ) -> Any:
-        return graph.capture(fn, pool, stream)
-
-    @hwcore.hookimpl
-    def is_capturing(self) -> bool:
-        return bool(self._module.is_current_stream_capturing())
 
     # --- Other processes ---
 

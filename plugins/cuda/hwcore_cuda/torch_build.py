@@ -21,7 +21,7 @@ def problem(build: TorchBuild | None) -> Availability | None:
     """Say what is wrong with a torch for this plugin; None where it is one for CUDA."""
     if build is None:
         return unavailable("torch is not installed", INSTALL)
-    cuda, hip = _built_for(build)
+    cuda, hip = build.toolkit("cuda", "cu"), build.toolkit("hip", "rocm")
     if hip:
         fix = f"{INSTALL}, or, for an AMD GPU, `pip install hwcore-hip`"
         return unavailable(f"the installed torch {build.version} was built for ROCm ({hip})", fix)
@@ -29,14 +29,3 @@ def problem(build: TorchBuild | None) -> Availability | None:
         reason = f"the installed torch {build.version} was built without CUDA"
         return unavailable(reason, INSTALL)
     return None
-
-
-def _built_for(build: TorchBuild) -> tuple[str, str]:
-    """Return the versions of CUDA and of HIP, empty where there is none.
-
-    ``torch/version.py`` says it of every build; the version's local part, of some.
-    """
-    if build.toolkits is not None:
-        return build.toolkits.get("cuda", ""), build.toolkits.get("hip", "")
-    local = build.local
-    return local if local.startswith("cu") else "", local if local.startswith("rocm") else ""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import hwcore
-from hwcore.device_module import DeviceModuleHooks, triton_kernels
+from hwcore.device_module import (
+    DeviceModuleHooks,
+    NativeGraphHooks,
+    inductor_policy,
+    triton_kernels,
+)
 from hwcore.types import (
     Availability,
     BackendInfo,
@@ -18,15 +24,16 @@ from hwcore_hip import event_wait, probe
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hwcore.graphs.native import Graph
     from hwcore.host_memory import Registration
     from hwcore.types import CompileRequest, Event, Stream
     from hwcore_hip.event_wait import Policy
 
 __all__ = ["HipPlugin"]
 
+_PORTABLE = 1  # hipHostRegisterPortable: page-locked for every device
 
-class HipPlugin(DeviceModuleHooks):
+
+class HipPlugin(DeviceModuleHooks, NativeGraphHooks):
     """AMD GPUs through a torch that was built for ROCm, whose device type is ``cuda``.
 
     Parameters
@@ -52,6 +59,7 @@ class HipPlugin(DeviceModuleHooks):
                     "stream_priorities",
                     "event_timing",
                     "blocking_events",
+                    "interprocess_events",
                     "graphs",
                     "pinned_memory",
                     "host_registration",
@@ -86,48 +94,39 @@ class HipPlugin(DeviceModuleHooks):
             "support the GPU, it was reset, or a variable was changed since"
         )
         from hwcore.graphs.native import in_capture
-        from hwcore_hip.graphs import HipCaptures
-        from hwcore_hip.host_memory import HostMemory
+        from hwcore_hip.graphs import captures
 
         self._event_wait = event_wait.requested()
-        self._captures = HipCaptures(self._module)
-        self._host_memory = HostMemory(self._module)
+        self._captures = captures(self._module)
         self._in_graph_capture = in_capture
 
     # --- Streams and events ---
 
     @hwcore.hookimpl
     def wait_event(self, event: Event, stream: Stream | None = None) -> None:
-        policy = self._event_wait or self._find_event_wait()
-        if event_wait.device_waits(policy, event, self._in_capture):
+        if self._device_waits(event):
             event.wait(stream)
 
     @hwcore.hookimpl
     def wait_stream(self, waiter: Stream, producer: Stream) -> None:
-        policy = self._event_wait or self._find_event_wait()
-        if event_wait.device_waits(policy, producer, self._in_capture):
+        if self._device_waits(producer):
             waiter.wait_stream(producer)
 
-    def _find_event_wait(self) -> Policy:
-        """Look at the first GPU that waits; what ``setup`` asks must not create a context."""
-        properties = self._module.get_device_properties(self._module.current_device())
-        self._event_wait = event_wait.for_architecture(getattr(properties, "gcnArchName", ""))
-        return self._event_wait
+    def _device_waits(self, waited_for: Event | Stream) -> bool:
+        if self._event_wait is None:  # not in `setup`: what it asks must not create a context
+            properties = self._module.get_device_properties(self._module.current_device())
+            self._event_wait = event_wait.for_architecture(getattr(properties, "gcnArchName", ""))
+        return event_wait.device_waits(self._event_wait, waited_for, self._in_capture)
 
     def _in_capture(self) -> bool:
         # The second sees captures that no hook has begun.
-        return self._in_graph_capture() or bool(self._module.is_current_stream_capturing())
+        return self._in_graph_capture() or self._captures.is_capturing()
 
     # --- Compilation and operators ---
 
     @hwcore.hookimpl
     def compile_policy(self, request: CompileRequest) -> CompilePolicy:
-        from importlib.util import find_spec
-
-        if find_spec("triton") is None:
-            reason = "inductor needs Triton, which is not installed: `pip install triton`"
-            return CompilePolicy(enabled=False, reason=reason)
-        return CompilePolicy(enabled=True, reason="inductor has a code generator for it")
+        return inductor_policy()
 
     @hwcore.hookimpl
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
@@ -137,7 +136,24 @@ class HipPlugin(DeviceModuleHooks):
 
     @hwcore.hookimpl
     def register_host_memory(self, buffer: memoryview) -> Registration:
-        return self._host_memory.register(buffer)
+        from hwcore.host_memory import Registration
+
+        return Registration(buffer, self._lock, self._unlock)
+
+    def _lock(self, address: int, size_bytes: int) -> None:
+        import torch
+
+        # A ROCm build has HIP's functions under the names that CUDA's have.
+        code = self._module.cudart().cudaHostRegister(address, size_bytes, _PORTABLE)
+        try:
+            self._module.check_error(code)
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # it has the code too, left for the next kernel
+                torch.zeros(1, device=self._device_type)
+            raise
+
+    def _unlock(self, address: int) -> None:
+        self._module.check_error(self._module.cudart().cudaHostUnregister(address))
 
     @hwcore.hookimpl
     def host_memory_policy(self) -> HostMemoryPolicy:
@@ -146,28 +162,6 @@ class HipPlugin(DeviceModuleHooks):
         return HostMemoryPolicy(
             can_pin=True, reuse_waits_for_copy=True, copies_ordered_with_kernels=True
         )
-
-    # --- Graphs ---
-
-    @hwcore.hookimpl
-    def create_graph(self) -> Graph:
-        from hwcore.graphs.native import Graph
-
-        return Graph(self._captures)
-
-    @hwcore.hookimpl
-    def graph_pool(self) -> Any:
-        return self._captures.pool()
-
-    @hwcore.hookimpl
-    def graph_capture(
-        self, graph: Graph, fn: Callable[[], Any], pool: Any = None, stream: Stream | None = None
-    ) -> Any:
-        return graph.capture(fn, pool, stream)
-
-    @hwcore.hookimpl
-    def is_capturing(self) -> bool:
-        return bool(self._module.is_current_stream_capturing())
 
     # --- Other processes ---
 

@@ -22,7 +22,9 @@ import torch
 import hwcore
 import hwcore_npu
 from hwcore.errors import SetupError
+from hwcore.graphs import native_captures
 from hwcore.kernels import references
+from hwcore.machine import Machine
 from hwcore_npu import graphs, probe
 from hwcore_npu.plugin import NpuPlugin
 
@@ -33,7 +35,7 @@ LOADER = "LD_LIBRARY_PATH"
 @pytest.fixture(scope="session", autouse=True)
 def npu():
     """Import torch_npu as the plugin does, and return ``torch.npu``."""
-    with pytest.raises(SetupError, match=r"device_count\(\) got 0"):
+    with pytest.raises(SetupError, match=r"got 0 devices from torch_npu\.npu"):
         hwcore.Backend(NpuPlugin())
     assert "torch_npu" in sys.modules
     return torch.npu
@@ -51,12 +53,12 @@ def receivers(npu):
     """What each name in the plugin's source stands for."""
     graph = npu.NPUGraph
     return {
-        "npu": npu,
-        "self._npu": npu,
+        **dict.fromkeys(MODULE, npu),
         "graph": graph,
-        "self._graph": graph,
+        "self.native": graph,
+        "mode": graph_dispatch_mode(),
         "graph.graph_dispatch_mode": graph_dispatch_mode(),
-        "self._graph.graph_dispatch_mode": graph_dispatch_mode(),
+        "self.native.graph_dispatch_mode": graph_dispatch_mode(),
         "stream": npu.Stream,
         "side": npu.Stream,
         "event": npu.Event,
@@ -69,15 +71,22 @@ def graph_dispatch_mode():
     return sys.modules["torch_npu.npu.graphs"]._GraphDispatchMode
 
 
+# What the core does with a device's module, for the plugin.
+CORE = [
+    pathlib.Path(hwcore.__file__).with_name("device_module.py"),
+    pathlib.Path(native_captures.__file__),
+]
+MODULE = ("npu", "self._npu", "self._module", "module")
+
 # Hooks hand a graph of the plugin's own to its methods of these names; `device` of a stream is
 # torch's. `graph_dispatch_mode` and the records are attributes that an instance gets.
-OWN = {("graph", "capture"), ("graph", "replay")}
+OWN = {("graph", "capture"): "device_module.py", ("graph", "replay"): "plugin.py"}
 OF_INSTANCES = {"graph_dispatch_mode", "graph_dispatch_records"}
 
 
 def uses():
     """Yield file, line, receiver, attribute and, for a call, its node."""
-    for file in sorted(PACKAGE.glob("*.py")):
+    for file in [*sorted(PACKAGE.glob("*.py")), *CORE]:
         tree = ast.parse(file.read_text())
         calls = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
         for node in ast.walk(tree):
@@ -91,7 +100,7 @@ def test_every_use_of_torch_npu_is_in_the_real_one(npu):
     for place, receiver, attribute, call in uses():
         if receiver not in found or attribute in OF_INSTANCES:
             continue
-        if (receiver, attribute) in OWN and place.startswith("plugin.py"):
+        if place.startswith(OWN.get((receiver, attribute), "-")):
             continue
         owner = found[receiver]
         assert hasattr(owner, attribute), f"{place}: torch_npu has no {receiver}.{attribute}"
@@ -109,9 +118,9 @@ def test_every_use_of_torch_npu_is_in_the_real_one(npu):
         except TypeError as error:
             pytest.fail(f"{place}: {receiver}.{attribute}{signature}: {error}")
     print("\nchecked:", ", ".join(sorted(f"{r}.{a}" for r, a in checked)))
-    for needed in ("graph", "NPUGraph", "Stream", "Event", "graph_pool_handle", "set_stream"):
-        assert {("npu", needed), ("self._npu", needed)} & checked, needed
-    assert ("self._graph", "update") in checked
+    for needed in ("graph", "NPUGraph", "Stream", "Event", "graph_pool_handle", "mem_get_info"):
+        assert {(name, needed) for name in MODULE} & checked, needed
+    assert ("self.native", "update") in checked
 
 
 def test_the_generic_calls_of_the_core_reach_it_too(npu):
@@ -246,7 +255,7 @@ def test_with_the_libraries_the_probe_finds_nothing_wrong_but_the_device(tmp_pat
         (tmp_path / "dev").mkdir(exist_ok=True)
         (tmp_path / "dev" / name).touch()
     began = time.perf_counter()
-    assert probe.availability(tmp_path).ok
+    assert probe.availability(Machine(root=tmp_path)).ok
     assert time.perf_counter() - began < 2
 
 

@@ -7,38 +7,45 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import hwcore
-from hwcore.errors import ArgumentValueError, CapabilityError, describe
+from hwcore import torch_build
+from hwcore.device_module import DeviceModuleHooks, NativeGraphHooks
+from hwcore.errors import CapabilityError, describe
 from hwcore.types import (
     Availability,
     BackendInfo,
     CompilePolicy,
     HostMemoryPolicy,
-    MemoryInfo,
     PlanStreamPolicy,
     TransferEngineSpec,
 )
-from hwcore_npu import probe, torch_build
+from hwcore_npu import probe
+from hwcore_npu.torch_build import problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
-    from hwcore.types import Capability, CompileRequest, Event, ReplayBatch, Stream
-    from hwcore_npu.graphs import Graph
+    from hwcore.types import Capability, CompileRequest, ReplayBatch
+    from hwcore_npu.graphs import NpuCaptures, NpuGraph
 
 __all__ = ["NpuPlugin"]
 
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
-class NpuPlugin:
+class NpuPlugin(DeviceModuleHooks, NativeGraphHooks):
     """Huawei Ascend NPUs, through torch_npu."""
+
+    _captures: NpuCaptures
+
+    def __init__(self) -> None:
+        super().__init__("npu", "hwcore-npu")
 
     @hwcore.hookimpl
     def backend_info(self) -> BackendInfo:
         capabilities: list[Capability] = ["async_streams", "event_timing", "graphs"]
-        capabilities += ["pinned_memory", "device_direct_transfer"]
+        capabilities += ["interprocess_events", "pinned_memory", "device_direct_transfer"]
         if not os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "").isdigit():  # not one alone
             capabilities.append("multi_device")
         return BackendInfo(
@@ -58,9 +65,9 @@ class NpuPlugin:
     def setup(self) -> None:
         import torch
 
-        where = "npu: setup"
-        if problem := torch_build.problem():
-            message = f"{where}: {problem[0]}. {problem[1]}."
+        where = "hwcore-npu: setup"
+        if wrong := problem(torch_build.installed()):
+            message = f"{where}: {wrong.reason}. {wrong.fix}."
             raise CapabilityError(message)
         other = torch.accelerator.current_accelerator()
         if other is not None and other.type != "npu":
@@ -81,80 +88,10 @@ class NpuPlugin:
                 os.environ.pop(_AUTOLOAD, None)
             else:
                 os.environ[_AUTOLOAD] = before
-        self._npu: Any = torch.get_device_module("npu")
-        self._count: int = self._npu.device_count()
-        if self._count < 1:
-            fix = "See whether `npu-smi info` still lists the device"
-            expected = "at least 1, as the probe saw"
-            raise CapabilityError(describe(where, "device_count()", self._count, expected, fix))
+        self.start("See whether `npu-smi info` still lists the device")
+        from hwcore_npu.graphs import NpuCaptures
 
-    # --- Devices ---
-
-    @hwcore.hookimpl
-    def device_string(self, index: int | None = None) -> str:
-        if index is None:
-            return "npu"
-        if not 0 <= index < self._count:
-            expected = f"0 to {self._count - 1}, for this process sees {self._count}"
-            fix = "Name one of them, or change ASCEND_RT_VISIBLE_DEVICES"
-            raise ArgumentValueError(describe("npu", "a device index", index, expected, fix))
-        return f"npu:{index}"
-
-    @hwcore.hookimpl
-    def set_device(self, index: int) -> None:
-        self._npu.set_device(self.device_string(index))
-
-    @hwcore.hookimpl
-    def memory_info(self, index: int | None = None) -> MemoryInfo:
-        free, total = self._npu.mem_get_info(self.device_string(index))
-        return MemoryInfo(free_bytes=free, total_bytes=total)
-
-    @hwcore.hookimpl
-    def generator(self, index: int | None = None) -> torch.Generator:
-        import torch
-
-        return torch.Generator(self.device_string(index))
-
-    # --- Streams and events: torch_npu's own, which its graphs and its allocator know ---
-
-    @hwcore.hookimpl
-    def create_stream(self, device: torch.device | None = None, priority: int = 0) -> Any:
-        return self._npu.Stream(self._known(device), priority=priority)
-
-    @hwcore.hookimpl
-    def create_event(
-        self,
-        device: torch.device | None = None,
-        enable_timing: bool = False,
-        blocking: bool = False,
-    ) -> Any:
-        with self._npu.device(self._known(device)):
-            return self._npu.Event(enable_timing=enable_timing, blocking=blocking)
-
-    @hwcore.hookimpl
-    def current_stream(self, device: torch.device | None = None) -> Any:
-        return self._npu.current_stream(device)
-
-    @hwcore.hookimpl
-    def stream_context(self, stream: Stream) -> Any:
-        return self._npu.stream(stream)
-
-    @hwcore.hookimpl
-    def record_event(self, event: Event, stream: Stream | None = None) -> None:
-        try:
-            event.record(stream)
-        except RuntimeError as error:
-            here = (stream or self._npu.current_stream()).device
-            if (got := getattr(event, "device", None)) == here:
-                raise
-            expected, fix = f"one of {here}, as the stream", "Make it with create_event(device)"
-            message = describe("npu: record_event", "the event's device", got, expected, fix)
-            raise ArgumentValueError(message) from error
-
-    def _known(self, device: torch.device | None) -> torch.device | None:
-        if device is not None and device.index is not None:
-            self.device_string(device.index)  # raises
-        return device
+        self._captures = NpuCaptures(self._module)
 
     # --- Policies ---
 
@@ -194,33 +131,19 @@ class NpuPlugin:
     # --- Graphs ---
 
     @hwcore.hookimpl
-    def create_graph(self) -> Graph:
-        from hwcore_npu.graphs import Graph
+    def create_graph(self) -> NpuGraph:
+        from hwcore_npu.graphs import NpuGraph
 
-        return Graph(self._npu)
-
-    @hwcore.hookimpl
-    def graph_pool(self) -> Any:
-        return self._npu.graph_pool_handle()
-
-    @hwcore.hookimpl
-    def graph_capture(
-        self, graph: Graph, fn: Callable[[], Any], pool: Any = None, stream: Stream | None = None
-    ) -> Any:
-        return graph.capture(fn, pool, stream)
-
-    @hwcore.hookimpl
-    def is_capturing(self) -> bool:
-        return bool(self._npu.is_current_stream_capturing())
+        return NpuGraph(self._captures, self._module)
 
     @hwcore.hookimpl
     def graph_replay(
         self,
-        graph: Graph,
+        graph: NpuGraph,
         buffers: Mapping[str, torch.Tensor] | None = None,
         batch: ReplayBatch | None = None,
     ) -> None:
-        graph.replay(buffers or {}, batch)
+        graph.replay(buffers, batch)
 
     # --- Other processes ---
 
@@ -233,6 +156,7 @@ class NpuPlugin:
         package = "mooncake-transfer-engine-npu"
         return (
             TransferEngineSpec(name="shm", protocol="memfd"),
+            # As Mooncake documents its Ascend transports: between devices, and host and device.
             TransferEngineSpec("mooncake", "ascend", memory="device", package=package),
         )
 

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import os
-import re
 from importlib import metadata
+from typing import TYPE_CHECKING
+
+from hwcore.machine import unavailable
+
+if TYPE_CHECKING:
+    from hwcore.torch_build import TorchBuild
+    from hwcore.types import Availability
 
 __all__ = ["loads_by_itself", "problem"]
 
+OTHERS = {"cuda": "cu", "hip": "rocm", "xpu": "xpu"}
+"""Accelerators that torch may have been built for; how such a build's local version begins."""
 
-def problem() -> tuple[str, str] | None:
-    """Return what is wrong with the installed pair and the fix, or None."""
-    torch = metadata.version("torch")
-    release = torch.partition("+")[0]
-    own = _torch_npu()
+
+def problem(build: TorchBuild | None) -> Availability | None:
+    """Say what is wrong with the installed pair; None where it fits."""
+    if build is None:
+        fix = "Run `pip install torch --index-url https://download.pytorch.org/whl/cpu`"
+        return unavailable("torch is not installed", fix)
+    own, version = _torch_npu(), build.release
     if own is None:
-        return (
-            f"torch_npu is not installed, and torch {torch} needs it for this device",
-            f"Run `pip install torch_npu=={release}`",
-        )
-    if own.split(".")[:3] != release.split(".")[:3]:
-        return (
-            f"torch_npu {own} is for another torch than {torch}",
-            f"Run `pip install torch_npu=={release}`",
-        )
-    if other := _accelerator():
-        return (
-            f"torch {torch} is a build for {other}, and torch takes one accelerator a process",
-            f"Run `pip install torch=={release} --index-url https://download.pytorch.org/whl/cpu`",
-        )
+        reason = f"torch_npu is not installed, and torch {build.version} needs it for this device"
+        return unavailable(reason, f"Run `pip install torch_npu=={version}`")
+    if own.split(".")[:3] != version.split(".")[:3]:
+        reason = f"torch_npu {own} is for another torch than {build.version}"
+        return unavailable(reason, f"Run `pip install torch_npu=={version}`")
+    for name, label in OTHERS.items():
+        if build.toolkit(name, label):
+            reason = f"torch {build.version} is a build for {name}"
+            fix = f"pip install torch=={version} --index-url https://download.pytorch.org/whl/cpu"
+            return unavailable(
+                f"{reason}, and torch takes one accelerator a process", f"Run `{fix}`"
+            )
     return None
 
 
@@ -42,10 +50,3 @@ def _torch_npu() -> str | None:
         return metadata.version("torch_npu")
     except metadata.PackageNotFoundError:
         return None
-
-
-def _accelerator() -> str | None:
-    """Return what else torch was built for, such as ``cuda``, as ``torch/version.py`` says."""
-    text = metadata.distribution("torch").read_text("../torch/version.py") or ""
-    found = re.search(r"^(cuda|hip|xpu)\b[^=\n]*= *['\"]", text, re.MULTILINE)
-    return found[1] if found else None

@@ -27,6 +27,7 @@ def test_importing_any_module_but_graphs_imports_no_torch():
 NOT_HERE = {
     "identity::test_probe_says_that_the_device_which_runs_is_available",
     "distributed::test_a_group_of_one_reduces_a_tensor",
+    "streams::test_an_event_for_other_processes_has_a_handle_or_is_refused",
 }
 
 
@@ -119,7 +120,9 @@ def test_without_any_the_reference_runs(hw):
 @pytest.mark.parametrize("call", ["device", "set_device", "memory_info", "generator"])
 def test_an_index_beyond_the_devices_is_named_and_nothing_is_changed(hw, call, index):
     before = torch.npu.current_device()
-    with pytest.raises(ArgumentValueError, match=rf"index got {index} \(int\); expected 0 to 1"):
+    with pytest.raises(
+        ArgumentValueError, match=rf"`index` got {index} \(int\); expected an index from 0 to 1"
+    ):
         getattr(hw, call)(index)
     assert torch.npu.current_device() == before
     hw.memory_info(1)
@@ -127,7 +130,9 @@ def test_an_index_beyond_the_devices_is_named_and_nothing_is_changed(hw, call, i
 
 @pytest.mark.parametrize("call", ["create_stream", "create_event"])
 def test_so_is_a_device_of_such_an_index(hw, call):
-    with pytest.raises(ArgumentValueError, match=r"index got 9 \(int\); expected 0 to 1"):
+    with pytest.raises(
+        ArgumentValueError, match=r"`index` got 9 \(int\); expected an index from 0 to 1"
+    ):
         getattr(hw, call)(torch.device("npu", 9))
     getattr(hw, call)(torch.device("npu", 1))
 
@@ -138,8 +143,9 @@ def test_recording_an_event_of_another_device_is_named_and_the_event_still_works
     with pytest.raises(ArgumentValueError) as caught:
         hw.record_event(event, hw.create_stream(hw.device(1)))
     assert str(caught.value) == (
-        "npu: record_event: the event's device got device(type='npu', index=0) (device); expected "
-        "one of npu:1, as the stream. Make it with create_event(device)."
+        "hwcore-npu: `event` got device(type='npu', index=0) (device); expected an event of npu:1, "
+        "where the stream is: it was recorded there before. Make one event for each device, with "
+        "create_event(device)."
     )
     hw.record_event(event, hw.current_stream(hw.device(0)))
     hw.synchronize_event(event)

@@ -194,6 +194,6 @@ def test_a_replay_copies_them_into_the_buffer(on):
 
 def test_without_it_the_graph_reads_what_the_plan_stream_wrote(on):
     def graph_replay(graph, buffers, batch):
-        graph._graph.replay()
+        graph.native.replay()
 
     assert on(replayed_positions, graph_replay=graph_replay) == [104, 104, 104]

@@ -16,6 +16,7 @@ import weakref
 import torch
 
 import hwcore
+from hwcore.errors import CapabilityError
 from hwcore.graphs.tape import Tape
 from hwcore.graphs.tape import is_capturing as tape_is_capturing
 from hwcore.kernels import (
@@ -410,9 +411,18 @@ class EventThatSpins(torch.Event):
 @fault("synchronize_event")
 class BlockingEventSpinsForever(SimPlugin):
     @implements
-    def create_event(self, device=None, enable_timing=False, blocking=False):
+    def create_event(self, device=None, enable_timing=False, blocking=False, interprocess=False):
+        if interprocess:
+            raise CapabilityError
         kind = EventThatSpins if blocking else torch.Event
         return kind(device, enable_timing=enable_timing)
+
+
+@fault("create_event")
+class EventForOtherProcessesHasNoHandle(SimPlugin):
+    @implements
+    def create_event(self, device=None, enable_timing=False, blocking=False, interprocess=False):
+        return torch.Event(device, enable_timing=enable_timing, blocking=blocking)
 
 
 @fault("current_stream")

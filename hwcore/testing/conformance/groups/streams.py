@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hwcore.errors import CapabilityError
 from hwcore.testing.conformance.kit import conforms
 
 if TYPE_CHECKING:
@@ -108,6 +109,22 @@ class Streams:
         expected = f"between 20 and {outer_ms + 10:.0f}, for the host slept 30 ms in between"
         fix = "Give events made with enable_timing=True an elapsed_time() in milliseconds"
         kit.that(20 <= got <= outer_ms + 10, "elapsed_time()", got, expected, fix)
+
+    @conforms("create_event")
+    def test_an_event_for_other_processes_has_a_handle_or_is_refused(self, kit: Kit) -> None:
+        fix = "Hand `interprocess` on to the device, or raise CapabilityError"
+        listed = "interprocess_events" in kit.hw.info.capabilities
+        try:
+            event = kit.hw.create_event(kit.device, interprocess=True)
+        except CapabilityError as error:
+            why = "an event, since `interprocess_events` is listed"
+            kit.that(not listed, "create_event(interprocess=True)", error, why, fix)
+            return
+        why = "CapabilityError, since `interprocess_events` is not listed"
+        kit.that(listed, "create_event(interprocess=True)", event, why, fix)
+        event.record(kit.stream())
+        handle: Any = getattr(event, "ipc_handle", bytes)()
+        kit.that(bool(handle), "its ipc_handle()", handle, "a handle that is not empty", fix)
 
     # --- The current stream ---
 
