@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hwcore.kernels.torch_ops import TORCH
 
 if TYPE_CHECKING:
@@ -72,4 +74,5 @@ def assert_and_invalidate(
     """
     if guards.numel() == 0:
         return outcome.zero_(), state
-    return ops.amin(guards, 0, out=outcome), ops.index_fill_(state, 0, indices, -1)
+    rows = indices.to(torch.int64)  # index_fill_ takes no other
+    return ops.amin(guards, 0, out=outcome), ops.index_fill_(state, 0, rows, -1)

@@ -196,5 +196,6 @@ def invalidate_inputs(generator: Generator, bs: int) -> Inputs:
     """Make inputs of ``assert_and_invalidate``."""
     guards = _integers(generator, -4, 40, bs)
     state = _integers(generator, 0, 40, _POOL, 3).to(torch.int32)
-    indices = _integers(generator, 0, _POOL, bs)
+    dtype = _one_of(generator, torch.int64, torch.int32)
+    indices = _integers(generator, 0, _POOL, bs).to(dtype)
     return (guards, state, indices, torch.zeros((), dtype=torch.int64)), {}
