@@ -104,6 +104,7 @@ def usual_launches() -> list[Launch]:
         ("gather_rows", "", ints(pool, 2050), ints(64), ints(64, 2050)),
         ("assert_and_invalidate", "", ints(64), ints(pool, 2).int(), ints(64), ints(1)[0]),
         ("commit_paths", "", predict, index, lens, ints(64), ints(64, n), 16),
+        ("move_kv", "", floats(32, pool, 2, 8, 128, dtype=torch.bfloat16), *[ints(64, 7)] * 2),
         ("mrope_positions", "trees", ints(pool), ints(64), ints(64 * n), None),
         ("mrope_positions", "paths", ints(pool), ints(64), ints(64 * n), ints(64)),
     ]
@@ -129,6 +130,7 @@ def usual_launches() -> list[Launch]:
         ("gather_rows", "smallest", ints(1, 1), one, ints(1, 1)),
         ("assert_and_invalidate", "smallest", one, index, one, one[0]),
         ("commit_paths", "smallest", one.int(), index, one.int(), one, ints(1, 1), 1),
+        ("move_kv", "smallest", floats(1, 1, 1), ints(1, 1), ints(1, 1)),
         ("mrope_positions", "smallest trees", one, one, one, None),
         ("mrope_positions", "smallest paths", one, one, one, one),
         *(("build_tree", f"smallest, mode {mode}", tree[0], one, 0, mode, 1) for mode in range(3)),

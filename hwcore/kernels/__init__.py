@@ -5,7 +5,7 @@ whatever device the arguments live on. ``kernel`` chooses. Torch's own operation
 lack are reached through ``torch_ops``, in an ``explains_missing`` block.
 """
 
-from hwcore.kernels.commit import commit_paths
+from hwcore.kernels.commit import commit_paths, move_kv
 from hwcore.kernels.mrope import mrope_positions
 from hwcore.kernels.relay import assert_and_invalidate, gather_rows
 from hwcore.kernels.selection import kernel, references
@@ -22,6 +22,7 @@ __all__ = [
     "explains_missing",
     "gather_rows",
     "kernel",
+    "move_kv",
     "mrope_positions",
     "references",
     "torch_ops",

@@ -1,4 +1,4 @@
-"""The accepted path, brought to the front."""
+"""The accepted path, brought to the front: what it is, and its KV entries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from hwcore.kernels.torch_ops import TorchOps
 
-__all__ = ["commit_paths"]
+__all__ = ["commit_paths", "move_kv"]
 
 
 def commit_paths(
@@ -74,3 +74,33 @@ def commit_paths(
         kv_src = ops.gather(cache_locs, 1, torch.where(accepted, flat - first_row, 0))
         kv_dst = ops.gather(cache_locs, 1, torch.where(accepted, step, 0))
     return torch.where(accepted, tokens, -1), new_lens, keep_lens, kv_src, kv_dst
+
+
+def move_kv(kv: Tensor, src: Tensor, dst: Tensor, *, ops: TorchOps = TORCH) -> Tensor:
+    """Copy KV entries of each request from slots to slots, in every layer.
+
+    Parameters
+    ----------
+    kv : Tensor, any dtype, [layers, slots, ...], device
+        Written in place.
+    src, dst : Tensor, int64 or int32, [bs, W], device
+        As ``commit_paths`` gives them. A request's entries are all read before any is written. No
+        slot that one request writes is read or written by another, and of those that a request
+        writes twice the entries are the same.
+    ops : TorchOps
+        No part of a kernel's contract: what the reference calls torch through.
+
+    Returns
+    -------
+    Tensor
+        ``kv``.
+
+    Notes
+    -----
+    Source: SGLang's move_kv_cache. Mutates: ``kv``. Host sync: no. Graph-safe: yes.
+    """
+    # Bytes are bytes: torch has no such copies for some of the smallest types.
+    entries = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
+    moved = ops.index_select(entries, 1, src.reshape(-1))
+    ops.index_copy_(entries, 1, dst.reshape(-1).to(torch.int64), moved)
+    return kv

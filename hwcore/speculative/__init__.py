@@ -16,6 +16,7 @@ from hwcore.speculative.draft_results import DraftResults, organize_draft_result
 from hwcore.speculative.draft_sampling import sample_drafts
 from hwcore.speculative.drafts import Beam, DraftSteps
 from hwcore.speculative.inputs import verify_slots
+from hwcore.speculative.kv import move_kv
 from hwcore.speculative.likeliest import top_k
 from hwcore.speculative.mrope import MropeContext, compute_spec_mrope_positions
 from hwcore.speculative.processors import HostLogitProcessor, WalkedRows
@@ -52,6 +53,7 @@ __all__ = [
     "compute_spec_mrope_positions",
     "draw_coins",
     "measure_costs",
+    "move_kv",
     "organize_draft_results",
     "sample_drafts",
     "top_k",

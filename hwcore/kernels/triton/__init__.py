@@ -33,7 +33,7 @@ def kernels() -> dict[str, Callable[..., Any]]:
             "it along, or `pip install 'hwcore[triton]'`."
         )
         raise CapabilityError(message)
-    from hwcore.kernels.triton.commit import commit_paths
+    from hwcore.kernels.triton.commit import commit_paths, move_kv
     from hwcore.kernels.triton.greedy import verify_tree_greedy
     from hwcore.kernels.triton.mrope import mrope_positions
     from hwcore.kernels.triton.relay import assert_and_invalidate, gather_rows
@@ -45,6 +45,7 @@ def kernels() -> dict[str, Callable[..., Any]]:
         build_tree,
         commit_paths,
         gather_rows,
+        move_kv,
         mrope_positions,
         verify_tree_greedy,
         verify_tree_sampling,

@@ -1,4 +1,4 @@
-"""The accepted path, brought to the front."""
+"""The accepted path, brought to the front: what it is, and its KV entries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 
 from hwcore.kernels.triton import launching
+from hwcore.kernels.triton.tuning import TUNED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["commit_paths"]
+__all__ = ["commit_paths", "move_kv"]
 
 
 def commit_paths(
@@ -114,3 +115,70 @@ def _commit_paths(
         out = request * width + step
         tl.store(kv_src + out, tl.load(row + source * loc_step, mask=there), mask=there)
         tl.store(kv_dst + out, tl.load(row + target * loc_step, mask=there), mask=there)
+
+
+def move_kv(kv: Tensor, src: Tensor, dst: Tensor) -> Tensor:
+    """Copy KV entries of each request from slots to slots, as the reference of this name does.
+
+    Raises
+    ------
+    RuntimeError
+        If what follows the slots in the shape of ``kv`` is no view of one dimension.
+
+    Notes
+    -----
+    One launch for all layers. An entry that stays where it is, is not touched. Mutates: ``kv``.
+    Host sync: no. Graph-safe: yes.
+    """
+    entries = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
+    entries = entries.view(*kv.shape[:2], kv[0, 0].numel() if kv.numel() else 0)
+    layers, _, width = entries.shape
+    block = TUNED["move_kv"].block
+    launching.launch(
+        _move_kv,
+        "move_kv",
+        (src.shape[0] if src.numel() else 0, triton.cdiv(width, block), layers),
+        entries,
+        src,
+        dst,
+        src.shape[1],
+        width,
+        *entries.stride(),
+        *src.stride(),
+        *dst.stride(),
+        STEPS=launching.power_of_two(src.shape[1]),
+        BLOCK=block,
+    )
+    return kv
+
+
+@triton.jit
+def _move_kv(
+    entries,
+    src,
+    dst,
+    steps,
+    width,
+    layer_stride,
+    slot_stride,
+    word_step,
+    src_stride,
+    src_step,
+    dst_stride,
+    dst_step,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # 64 bits: a slot's number times its length passes 2^31.
+    request = tl.program_id(0).to(tl.int64)
+    step = tl.arange(0, STEPS).to(tl.int64)
+    there = step < steps
+    source = tl.load(src + request * src_stride + step * src_step, mask=there, other=0).to(tl.int64)
+    target = tl.load(dst + request * dst_stride + step * dst_step, mask=there, other=0).to(tl.int64)
+    word = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    layer = entries + tl.program_id(2).to(tl.int64) * layer_stride + word[None, :] * word_step
+    moves = (source != target)[:, None] & (word < width)[None, :]
+    read = tl.load(layer + source[:, None] * slot_stride, mask=moves)
+    # One thread may read what another writes: nothing is written before all is read.
+    tl.debug_barrier()
+    tl.store(layer + target[:, None] * slot_stride, read, mask=moves)

@@ -30,6 +30,7 @@ TUNED = {
     "gather_rows": Tuning(block=1024, num_warps=4),
     "assert_and_invalidate": Tuning(block=1024, num_warps=4),
     "commit_paths": Tuning(block=0, num_warps=1),
+    "move_kv": Tuning(block=512, num_warps=4),
     "mrope_positions": Tuning(block=256, num_warps=4),
     "build_tree": Tuning(block=0, num_warps=1),
     "verify_tree_greedy": Tuning(block=4096, num_warps=8),

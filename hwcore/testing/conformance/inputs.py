@@ -19,6 +19,7 @@ __all__ = [
     "gather_inputs",
     "greedy_inputs",
     "invalidate_inputs",
+    "move_inputs",
     "mrope_inputs",
     "sampling_inputs",
     "tree_inputs",
@@ -199,3 +200,25 @@ def invalidate_inputs(generator: Generator, bs: int) -> Inputs:
     dtype = _one_of(generator, torch.int64, torch.int32)
     indices = _integers(generator, 0, _POOL, bs).to(dtype)
     return (guards, state, indices, torch.zeros((), dtype=torch.int64)), {}
+
+
+def move_inputs(generator: Generator, bs: int) -> Inputs:
+    """Make inputs of ``move_kv``: half of the requests commit a path, half mix their slots."""
+    nodes, steps, layers = 7, 4, 2
+    dtype = _in_turn(generator, torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn)
+    slots = bs * nodes + 1
+    kv = _integers(generator, 0, 99, layers, slots, 2, 5).to(torch.uint8)
+    kv = kv.view(dtype) if dtype.itemsize == 1 else kv.to(dtype)
+    owned = torch.randperm(slots, generator=generator)[: bs * nodes].view(bs, nodes)
+    src, dst = owned[:, :1].repeat(1, steps), owned[:, :1].repeat(1, steps)
+    for request in range(bs):
+        picks = torch.randperm(nodes - 1, generator=generator)[: steps - 1] + 1
+        if request % 2:  # an entry that is read may be one that is written
+            src[request, 1:] = owned[request, picks]
+            dst[request, 1:] = owned[request, picks.flip(0)]
+            continue
+        taken = int(torch.randint(0, steps, (), generator=generator))
+        src[request, 1 : taken + 1] = owned[request, picks[:taken].sort().values]
+        dst[request, 1 : taken + 1] = owned[request, 1 : taken + 1]
+    index = _one_of(generator, torch.int64, torch.int32)
+    return (kv, src.to(index), dst.to(index)), {}
