@@ -1,0 +1,107 @@
+"""Bytes seen as the tensors of a layout, and tensors asked how their bytes lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hwcore.diffusion.layout import LARGE_BYTES
+from hwcore.diffusion.specs import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hwcore.diffusion.layout import Layout, TensorEntry
+
+__all__ = ["is_stored_as", "plain", "view_of", "views", "views_of_parts"]
+
+
+def views(
+    layout: Layout, memory: Callable[[TensorEntry], tuple[torch.Tensor, int]], device: torch.device
+) -> list[torch.Tensor]:
+    """Return the tensors of a checked layout, each a view.
+
+    Parameters
+    ----------
+    layout : Layout
+    memory : callable
+        Called once for each place that is not empty; returns a tensor, uint8, [any], and the
+        offset in it, in bytes. Memory and offset are aligned to the element size.
+    device : torch.device
+        Of that memory; for tensors that have no elements.
+
+    Returns
+    -------
+    list of Tensor
+        Entries of the same place are the same object.
+    """
+    made: dict[TensorEntry, torch.Tensor] = {}
+    typed: dict[tuple[int, str], torch.Tensor] = {}
+    for entry in layout.places():
+        base, offset = memory(entry)
+        elements = typed.get((id(base), entry.dtype))
+        if elements is None:
+            elements = typed[id(base), entry.dtype] = _as(entry.dtype, base)
+        first = elements.storage_offset() + offset // elements.itemsize
+        made[entry] = elements.as_strided(entry.shape, _strides(entry), first)
+    for entry in layout.entries:
+        if entry not in made:  # has no elements
+            made[entry] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=device)
+    return [made[entry] for entry in layout.entries]
+
+
+def views_of_parts(
+    layout: Layout, buffers: Sequence[torch.Tensor], device: torch.device
+) -> list[torch.Tensor]:
+    """Return the tensors of a checked layout whose parts lie in buffers, one each.
+
+    Parameters
+    ----------
+    buffers : sequence of Tensor, uint8, [bytes of the part]
+        In the order of ``Layout.parts``.
+    """
+    parts = layout.parts()
+    buffer_at = {start: buffer for (start, _), buffer in zip(parts, buffers, strict=True)}
+
+    def locate(entry: TensorEntry) -> tuple[torch.Tensor, int]:
+        start = entry.offset if entry.size_bytes >= LARGE_BYTES else parts[0][0]
+        return buffer_at[start], entry.offset - start
+
+    return views(layout, locate, device)
+
+
+def view_of(base: torch.Tensor, offset: int, entry: TensorEntry) -> torch.Tensor:
+    """Return one tensor as a view of memory, uint8, [any], at an offset in bytes."""
+    elements = _as(entry.dtype, base[offset : offset + entry.size_bytes])
+    return elements.as_strided(entry.shape, _strides(entry), elements.storage_offset())
+
+
+def is_stored_as(tensor: torch.Tensor, entry: TensorEntry) -> bool:
+    """Say whether a tensor's memory holds the bytes of its entry, from its first to its last."""
+    if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():
+        return False
+    return tensor.is_contiguous() if entry.strides is None else tensor.stride() == entry.strides
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without its gradient, and with a lazy conjugate or negative carried out.
+
+    On its own device: torch would do it after a copy that may not have run.
+    """
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def _as(dtype: str, memory: torch.Tensor) -> torch.Tensor:
+    item = DTYPES[dtype].itemsize
+    return memory[: memory.numel() // item * item].view(DTYPES[dtype])
+
+
+def _strides(entry: TensorEntry) -> tuple[int, ...]:
+    if entry.strides is not None:
+        return entry.strides
+    strides, step = [], 1
+    for size in reversed(entry.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
