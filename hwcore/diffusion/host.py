@@ -74,10 +74,21 @@ def copy_to_host(into: torch.Tensor, parts: Sequence[tuple[int, torch.Tensor]]) 
     start, move = into.data_ptr(), ctypes.memmove
     for offset, tensor in parts:
         move(start + offset, tensor.data_ptr(), tensor.nbytes)
-    if parts and (sanitizer := sys.modules.get("hwcore.testing.sanitizer")) is not None:
+    _tell_sanitizer(into, parts)
+
+
+def _tell_sanitizer(into: torch.Tensor, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
+    """Name what was touched beside torch, while a sanitizer is on."""
+    module = sys.modules.get("hwcore.testing.sanitizer.sanitizer")
+    tracker = None if module is None else module.active_tracker()
+    if parts and tracker is not None:
+        from hwcore.testing.sanitizer import kernel
+
         targets = [into[offset : offset + tensor.nbytes] for offset, tensor in parts]
         sources = [tensor for _, tensor in parts]
-        sanitizer.kernel("copy_to_host", reads=sources, writes=targets, host=True)
+        # Where the device is the host, its streams order this like any torch call.
+        host = not tracker.is_host_backend
+        kernel("copy_to_host", reads=sources, writes=targets, host=host)
 
 
 def tensor_over(buffer: object, where: str, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hwcore._checks import check_instance
 from hwcore.diffusion.layout import Layout, check_layout, check_total, layout_by, layout_of
 from hwcore.diffusion.specs import MAX_TENSORS, TensorSpec, check_spec
 from hwcore.diffusion.tree import flatten
-from hwcore.errors import ArgumentValueError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +112,15 @@ def decode_manifest(
 
     Raises
     ------
-    ArgumentValueError
-        If they are too many, no manifest, of another version, or lay tensors where they cannot be.
+    ArgumentTypeError, ArgumentValueError
+        If they are no bytes, too many, no manifest, of another version, or describe tensors that
+        cannot be.
     """
-    size = memoryview(data).nbytes
+    try:
+        size = memoryview(data).nbytes
+    except TypeError as error:
+        fix = "Pass what encode_manifest() returned"
+        raise ArgumentTypeError(describe(where, "manifest", data, "bytes", fix)) from error
     if size > MAX_ENCODED_BYTES:
         raise _bad(where, "bytes of the manifest", size, f"at most {MAX_ENCODED_BYTES}")
     try:

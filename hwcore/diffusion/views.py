@@ -47,7 +47,8 @@ def views(
         made[entry] = elements.as_strided(entry.shape, _strides(entry), first)
     for entry in layout.entries:
         if entry not in made:  # has no elements
-            made[entry] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device=device)
+            nothing = torch.empty(0, dtype=torch.uint8, device=device)
+            made[entry] = nothing.view(DTYPES[entry.dtype]).reshape(entry.shape)
     return [made[entry] for entry in layout.entries]
 
 
