@@ -6,15 +6,22 @@ from hwcore.diffusion import TransferTensorBuffer
 STALE = 0xA5  # what an earlier tenant left
 
 
-@pytest.fixture(params=["host", "device"])
+def memory(hw, kind, size_bytes):
+    made = torch.full((size_bytes,), STALE, dtype=torch.uint8)
+    match kind:
+        case "device":
+            return made.to(hw.device())
+        case "page-locked":  # the device copies without the host
+            return hw.pin_memory(made)
+    return made
+
+
+@pytest.fixture(params=["host", "page-locked", "device"])
 def pool_of(hw, request):
     """Make pools over memory of the host, and over the device's; of 64 KiB by default."""
-    device = "cpu" if request.param == "host" else hw.device()
 
     def make(size_bytes=1 << 16, **options):
-        memory = torch.full((size_bytes,), STALE, dtype=torch.uint8, device=device)
-        hw.synchronize()
-        return TransferTensorBuffer(memory, hw, **options)
+        return TransferTensorBuffer(memory(hw, request.param, size_bytes), hw, **options)
 
     return make
 
@@ -26,5 +33,5 @@ def pool(pool_of):
 
 @pytest.fixture
 def host_pool(hw):
-    """A pool of 64 KiB over the host's memory, for what has nothing to do with a device."""
-    return TransferTensorBuffer(torch.full((1 << 16,), STALE, dtype=torch.uint8), hw)
+    """A pool of 64 KiB over page-locked memory, for what has nothing to do with where it is."""
+    return TransferTensorBuffer(memory(hw, "page-locked", 1 << 16), hw)

@@ -494,6 +494,7 @@ def test_work_through_a_view_that_outlives_its_lease_is_waited_for(hw, pool, in_
         assert copy.sum().item() == 2000
 
 
+@pytest.mark.parametrize("pool_of", ["page-locked", "device"], indirect=True)
 def test_the_host_does_not_wait_while_there_is_room(hw, pool, late):
     if hw.info.name != "sim":
         pytest.skip("only a simulated device tells what the host waited for")

@@ -29,9 +29,9 @@ class Pool(stateful.RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.hw = hwcore.current_backend()
-        device = self.hw.device() if self.on_device else "cpu"
-        self.memory = torch.zeros(SIZE, dtype=torch.uint8, device=device)
-        self.pool = TransferTensorBuffer(self.memory, self.hw)
+        memory = torch.zeros(SIZE, dtype=torch.uint8)
+        memory = memory.to(self.hw.device()) if self.on_device else self.hw.pin_memory(memory)
+        self.pool = TransferTensorBuffer(memory, self.hw)
         self.streams = [self.hw.create_stream(), self.hw.create_stream()]
         self.numbers = 0
         self.live = {}  # lease: (manifest, number) or None
