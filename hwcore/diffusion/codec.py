@@ -23,7 +23,7 @@ from hwcore.diffusion.host import (
     in_memory_order,
     tensor_over,
 )
-from hwcore.diffusion.layout import LARGE_BYTES
+from hwcore.diffusion.layout import LARGE_BYTES, by_place
 from hwcore.diffusion.manifest import decode_manifest, encode_manifest, manifest_of
 from hwcore.diffusion.specs import is_dense
 from hwcore.diffusion.tree import unflatten
@@ -71,7 +71,8 @@ def pack_tensors(
     where = "pack_tensors"
     manifest, tensors = manifest_of(tree, enums, where)
     first = encode_manifest(manifest, where)
-    layout, sources = manifest.layout, dict(zip(manifest.layout.entries, tensors, strict=True))
+    layout = manifest.layout
+    sources = by_place(layout, tensors)
     spans = layout.parts()
     start, end = spans[0] if spans else (0, 0)
     has_small = any(0 < entry.size_bytes < LARGE_BYTES for entry in layout.entries)
@@ -81,7 +82,7 @@ def pack_tensors(
     to_copy: list[tuple[torch.Tensor, int, TensorEntry, torch.Tensor]] = []
     reader = _HostReader(backend)
     for entry in layout.places():
-        tensor = reader.on_host(sources[entry])
+        tensor = reader.on_host(sources[entry.offset])
         in_place = tensor.is_cpu and is_stored_as(tensor, entry)
         if entry.size_bytes < LARGE_BYTES:
             if in_place:
@@ -93,7 +94,7 @@ def pack_tensors(
         else:
             frames.append(reader.buffer(entry.size_bytes, tensor))
             to_copy.append((frames[-1], 0, entry, tensor))
-    reader.wait()  # for what is read in place
+    reader.wait()  # before the host reads in place
     copy_to_host(small, to_move)
     for base, offset, entry, tensor in to_copy:
         view_of(base, offset, entry).copy_(plain(tensor), non_blocking=True)

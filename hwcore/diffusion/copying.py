@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hwcore.diffusion.host import copy_to_host
-from hwcore.diffusion.layout import LARGE_BYTES
+from hwcore.diffusion.layout import LARGE_BYTES, by_place
 from hwcore.diffusion.views import is_stored_as, plain, view_of, views, views_of_parts
 from hwcore.errors import ArgumentValueError, CaptureError, describe
 from hwcore.fence import StreamFence
@@ -195,11 +195,11 @@ def write_layout(base: torch.Tensor, layout: Layout, tensors: Sequence[torch.Ten
     ----------
     base : Tensor, uint8, [at least layout.size_bytes]
     """
-    sources = dict(zip(layout.entries, tensors, strict=True))
+    sources = by_place(layout, tensors)
     gathered: list[tuple[int, torch.Tensor]] = []
     copied: list[tuple[TensorEntry, torch.Tensor]] = []
     for entry in layout.places():
-        tensor = sources[entry]
+        tensor = sources[entry.offset]
         small = entry.size_bytes < LARGE_BYTES
         if small and tensor.is_cpu and is_stored_as(tensor, entry):
             gathered.append((entry.offset, tensor))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hwcore.diffusion.specs import DTYPES, MAX_TENSORS, TensorSpec, check_spec, spec_of
+from hwcore.diffusion.specs import MAX_TENSORS, TensorSpec, check_spec, spec_bytes, spec_of
 from hwcore.errors import ArgumentValueError, describe
 
 if TYPE_CHECKING:
@@ -30,10 +30,12 @@ __all__ = [
     "LARGE_BYTES",
     "Layout",
     "TensorEntry",
+    "by_place",
     "check_layout",
     "check_total",
     "layout_by",
     "layout_of",
+    "numbered",
 ]
 
 LARGE_BYTES = 4096
@@ -50,9 +52,11 @@ class TensorEntry(TensorSpec, frozen=True, kw_only=True):
     ----------
     offset : int
         Of its first byte; 0 for a tensor without elements.
+    size_bytes : int
     """
 
     offset: int
+    size_bytes: int
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -146,16 +150,31 @@ def layout_by(specs: Sequence[TensorSpec], which: Iterable[int]) -> Layout:
     which : iterable of int
         In [0, len(specs)).
     """
-    places, end = list(specs), 0
-    sizes = [(spec.size_bytes, DTYPES[spec.dtype].itemsize) for spec in specs]
-    for index in sorted(range(len(sizes)), key=lambda i: -_alignment(*sizes[i])):
-        size_bytes, spec, offset = sizes[index][0], specs[index], 0
+    sizes = [spec_bytes(spec) for spec in specs]
+    alignments = [_alignment(*size) for size in sizes]
+    offsets, end = [0] * len(specs), 0
+    for index in sorted(range(len(specs)), key=alignments.__getitem__, reverse=True):
+        size_bytes, alignment = sizes[index][0], alignments[index]
         if size_bytes:
-            alignment = _alignment(*sizes[index])
-            offset = -(-end // alignment) * alignment
+            offsets[index] = offset = -(-end // alignment) * alignment
             end = offset + size_bytes
-        places[index] = TensorEntry(spec.dtype, spec.shape, spec.strides, offset=offset)
-    return Layout(end, tuple([places[number] for number in which]))  # type: ignore[misc] # all are
+    places = [
+        TensorEntry(spec.dtype, spec.shape, spec.strides, offset=offset, size_bytes=size_bytes)
+        for spec, offset, (size_bytes, _) in zip(specs, offsets, sizes, strict=True)
+    ]
+    return Layout(end, tuple([places[number] for number in which]))
+
+
+def numbered(entries: Iterable[TensorEntry]) -> tuple[list[int], dict[TensorEntry, int]]:
+    """Return the number of each entry's place, and the places, numbered as they first occur."""
+    numbers: dict[TensorEntry, int] = {}
+    return [numbers.setdefault(entry, len(numbers)) for entry in entries], numbers
+
+
+def by_place(layout: Layout, tensors: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return tensors by their offsets, without those that are empty."""
+    entries = layout.entries
+    return {e.offset: t for e, t in zip(entries, tensors, strict=True) if e.size_bytes}
 
 
 def check_layout(layout: Layout, limit_bytes: int, where: str = "check_layout") -> None:
@@ -175,16 +194,19 @@ def check_layout(layout: Layout, limit_bytes: int, where: str = "check_layout") 
     if len(layout.entries) > MAX_TENSORS:
         expected = f"at most {MAX_TENSORS} tensors"
         raise _bad(where, "entries", len(layout.entries), expected, "Send fewer, or stack them")
-    numbers: dict[TensorEntry, int] = {}
-    which = [numbers.setdefault(entry, len(numbers)) for entry in layout.entries]
-    for index, entry in enumerate(numbers):
-        check_spec(where, index, entry, limit_bytes)
+    which, numbers = numbered(layout.entries)
+    kinds = {(entry.dtype, entry.shape, entry.strides): n for entry, n in numbers.items()}
+    for spec, index in kinds.items():
+        check_spec(where, index, TensorSpec(*spec), limit_bytes)
     right = layout_by(list(numbers), which)
     fix = "Pass a layout as layout_of() made it"
     for index, (entry, other) in enumerate(zip(layout.entries, right.entries, strict=True)):
         if entry.offset != other.offset:
             expected = f"{other.offset}, where it belongs"
             raise _bad(where, f"entries[{index}].offset", entry.offset, expected, fix)
+        if entry.size_bytes != other.size_bytes:
+            expected = f"{other.size_bytes}, by its shape"
+            raise _bad(where, f"entries[{index}].size_bytes", entry.size_bytes, expected, fix)
     if layout.size_bytes != right.size_bytes:
         expected = f"{right.size_bytes}, by its entries"
         raise _bad(where, "size_bytes", layout.size_bytes, expected, fix)

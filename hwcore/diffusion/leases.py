@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import struct
 import threading
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hwcore.backend import Backend
+    from hwcore.diffusion.allocator import AllocatorStats
     from hwcore.diffusion.lending import LeasedMemory
     from hwcore.fence import StreamFence
     from hwcore.types import Event, Stream
 
-__all__ = ["Lease", "LeaseTable"]
+__all__ = ["Lease", "LeaseTable", "PoolStats", "stale", "too_small"]
 
 _WIRE = struct.Struct("<II")
 
@@ -128,6 +130,29 @@ class Lease:
             self.written_bytes = size_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class PoolStats:
+    """How full a pool is.
+
+    Attributes
+    ----------
+    ranges : AllocatorStats
+        Bytes and fragmentation.
+    live_leases, waiting_requests : int
+    freed_leases, freed_bytes : int
+        Freed, and not reusable yet.
+    quarantined_leases : int
+        Of the freed ones, those that somebody outside may still touch.
+    """
+
+    ranges: AllocatorStats
+    live_leases: int
+    waiting_requests: int
+    freed_leases: int
+    freed_bytes: int
+    quarantined_leases: int
+
+
 class LeaseTable:
     """A pool's ranges and who has them. Its owner has a lock.
 
@@ -202,6 +227,19 @@ class LeaseTable:
             if lease.size_bytes:
                 self.allocator.free(lease.offset)
         return bool(settled)
+
+    def stats(self, waiting_requests: int) -> PoolStats:
+        """Return how full the pool is."""
+        self.settle()
+        freed = list(self.leaving.values())
+        return PoolStats(
+            self.allocator.stats(),
+            len(self.live) - len(freed),
+            waiting_requests,
+            len(freed),
+            sum(lease.size_bytes for lease in freed),
+            sum(bool(lease._holders) for lease in freed),
+        )
 
     def waits_for(self, lease: Lease) -> str:
         """Say what keeps a freed lease's memory."""

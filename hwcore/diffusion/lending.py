@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore._checks import check_instance, check_size, check_tensor, is_number
+from hwcore._checks import check_instance, check_size, check_tensor
 from hwcore.activation import current_backend
 from hwcore.diffusion.copying import LeaseIO
 from hwcore.diffusion.layout import LARGE_ALIGNMENT
-from hwcore.diffusion.leases import Lease, LeaseTable, stale
-from hwcore.diffusion.waiting import WaitingLine
+from hwcore.diffusion.leases import Lease, LeaseTable, PoolStats, stale
+from hwcore.diffusion.waiting import WaitingLine, check_timeout
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, ClosedError, LeaseError, describe
 
 if TYPE_CHECKING:
@@ -25,34 +23,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from hwcore.backend import Backend
-    from hwcore.diffusion.allocator import AllocatorStats
 
-__all__ = ["LeasedMemory", "PoolStats"]
-
-_LONGEST_WAIT_S = 1e6  # what a lock can wait for is limited
-
-
-@dataclasses.dataclass(frozen=True)
-class PoolStats:
-    """How full a pool is.
-
-    Attributes
-    ----------
-    ranges : AllocatorStats
-        Bytes and fragmentation.
-    live_leases, waiting_requests : int
-    freed_leases, freed_bytes : int
-        Freed, and not reusable yet.
-    quarantined_leases : int
-        Of the freed ones, those that somebody outside may still touch.
-    """
-
-    ranges: AllocatorStats
-    live_leases: int
-    waiting_requests: int
-    freed_leases: int
-    freed_bytes: int
-    quarantined_leases: int
+__all__ = ["LeasedMemory"]
 
 
 class LeasedMemory:
@@ -107,7 +79,7 @@ class LeasedMemory:
         fix = "Allocate manifest.size_bytes, or what the peer asks for"
         check_size(where, "size_bytes", size_bytes, 0, fix)
         check_instance(where, "request_id", request_id, str, "the request's router, or none")
-        _check_timeout(where, timeout_s)
+        check_timeout(where, timeout_s)
         if size_bytes > self.size_bytes:
             expected = f"at most {self.size_bytes}, all that the pool has"
             fix = "Make the pool larger, or send the request in parts"
@@ -211,16 +183,7 @@ class LeasedMemory:
     def stats(self) -> PoolStats:
         """Return how full the pool is."""
         with self._lock:
-            self._table.settle()
-            freed = list(self._table.leaving.values())
-            return PoolStats(
-                self._table.allocator.stats(),
-                len(self._table.live) - len(freed),
-                len(self._line),
-                len(freed),
-                sum(lease.size_bytes for lease in freed),
-                sum(bool(lease._holders) for lease in freed),
-            )
+            return self._table.stats(len(self._line))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Refuse new leases, end the waiting of all, and wait until no range is in use.
@@ -231,7 +194,7 @@ class LeasedMemory:
             If something is after ``timeout_s``; it says what. The pool stays closed, the memory
             must stay, and ``close`` may be called again.
         """
-        _check_timeout("TransferTensorBuffer.close", timeout_s)
+        check_timeout("TransferTensorBuffer.close", timeout_s)
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._is_closed = True
@@ -305,11 +268,3 @@ def _check_memory(memory: torch.Tensor) -> None:
         expected = f"{LARGE_ALIGNMENT} or more, in one piece, at a multiple of {LARGE_ALIGNMENT}"
         fix = "Map whole pages, or let torch.empty() allocate it"
         raise ArgumentValueError(describe(where, "memory", got, expected, fix))
-
-
-def _check_timeout(where: str, timeout_s: object) -> None:
-    if not is_number(timeout_s):
-        raise ArgumentTypeError(describe(where, "timeout_s", timeout_s, "a number", "Pass seconds"))
-    if math.isnan(timeout_s) or not 0 <= timeout_s <= _LONGEST_WAIT_S:
-        expected, fix = f"seconds in [0, {_LONGEST_WAIT_S:g}]", "Pass a deadline that can come"
-        raise ArgumentValueError(describe(where, "timeout_s", timeout_s, expected, fix))

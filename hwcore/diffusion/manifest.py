@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hwcore._checks import check_instance
-from hwcore.diffusion.layout import Layout, check_layout, check_total, layout_by, layout_of
+from hwcore.diffusion.layout import (
+    Layout,
+    check_layout,
+    check_total,
+    layout_by,
+    layout_of,
+    numbered,
+)
 from hwcore.diffusion.specs import MAX_TENSORS, TensorSpec, check_spec
 from hwcore.diffusion.tree import flatten
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
@@ -17,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
     from hwcore.diffusion.enums import EnumRegistry
-    from hwcore.diffusion.layout import TensorEntry
 
 __all__ = [
     "MAX_ENCODED_BYTES",
@@ -142,8 +148,7 @@ def check_manifest(manifest: Manifest, limit_bytes: int, where: str) -> None:
 
 
 def _wire(manifest: Manifest) -> _Wire:
-    numbers: dict[TensorEntry, int] = {}
-    which = [numbers.setdefault(entry, len(numbers)) for entry in manifest.layout.entries]
+    which, numbers = numbered(manifest.layout.entries)
     specs = [TensorSpec(entry.dtype, entry.shape, entry.strides) for entry in numbers]
     runs = [(len(list(same)), spec) for spec, same in itertools.groupby(specs)]
     ranges: list[list[int]] = []

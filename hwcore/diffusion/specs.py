@@ -13,7 +13,16 @@ from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["DTYPES", "MAX_TENSORS", "TensorSpec", "check_spec", "is_dense", "spec_by", "spec_of"]
+__all__ = [
+    "DTYPES",
+    "MAX_TENSORS",
+    "TensorSpec",
+    "check_spec",
+    "is_dense",
+    "spec_by",
+    "spec_bytes",
+    "spec_of",
+]
 
 MAX_RANK = 64  # torch's own limit
 MAX_TENSORS = 65_536  # of a message: what a few bytes of it could make a reader allocate
@@ -33,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 """Name on the wire to dtype."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -53,10 +63,11 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+def spec_bytes(spec: TensorSpec) -> tuple[int, int]:
+    """Return the bytes of a tensor's elements, and of one of them."""
+    item = _ITEM_BYTES[spec.dtype]
+    return math.prod(spec.shape) * item, item
 
 
 def spec_of(where: str, index: int, tensor: torch.Tensor) -> TensorSpec:
@@ -128,14 +139,15 @@ def check_spec(where: str, index: int, spec: TensorSpec, limit_bytes: int) -> No
     if not all(0 <= n < 2**63 for n in spec.shape) or math.prod(sizes) >= 2**59:
         expected = "sizes ≥ 0 of fewer than 2**59 elements"
         raise _bad(where, f"shape of {name}", spec.shape, expected, fix)
-    if spec.size_bytes > limit_bytes:
+    size_bytes, _ = spec_bytes(spec)
+    if size_bytes > limit_bytes:
         expected = f"at most {limit_bytes}, which there are"
-        raise _bad(where, f"bytes of {name}", spec.size_bytes, expected, fix)
+        raise _bad(where, f"bytes of {name}", size_bytes, expected, fix)
     strides = spec.strides
     if strides is not None and (
         len(strides) != len(spec.shape)
         or not all(0 <= stride < 2**59 for stride in strides)
-        or not spec.size_bytes
+        or not size_bytes
         or not _is_dense(spec.shape, strides)
     ):
         expected = "another order of its dimensions, without gaps"

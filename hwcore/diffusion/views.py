@@ -36,20 +36,27 @@ def views(
     list of Tensor
         Entries of the same place are the same object.
     """
-    made: dict[TensorEntry, torch.Tensor] = {}
-    typed: dict[tuple[int, str], torch.Tensor] = {}
-    for entry in layout.places():
-        base, offset = memory(entry)
-        elements = typed.get((id(base), entry.dtype))
-        if elements is None:
-            elements = typed[id(base), entry.dtype] = _as(entry.dtype, base)
-        first = elements.storage_offset() + offset // elements.itemsize
-        made[entry] = elements.as_strided(entry.shape, _strides(entry), first)
+    made: dict[int, torch.Tensor] = {}
+    typed: dict[tuple[int, str], tuple[torch.Tensor, int, int]] = {}
+    tensors = []
     for entry in layout.entries:
-        if entry not in made:  # has no elements
-            nothing = torch.empty(0, dtype=torch.uint8, device=device)
-            made[entry] = nothing.view(DTYPES[entry.dtype]).reshape(entry.shape)
-    return [made[entry] for entry in layout.entries]
+        tensor = made.get(entry.offset) if entry.size_bytes else _empty(entry, device)
+        if tensor is None:
+            base, offset = memory(entry)
+            key = id(base), entry.dtype
+            if key not in typed:
+                elements = _as(entry.dtype, base)
+                typed[key] = elements, elements.itemsize, int(elements.storage_offset())
+            elements, item, first = typed[key]
+            tensor = elements.as_strided(entry.shape, _strides(entry), first + offset // item)
+            made[entry.offset] = tensor
+        tensors.append(tensor)
+    return tensors
+
+
+def _empty(entry: TensorEntry, device: torch.device) -> torch.Tensor:
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    return nothing.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def views_of_parts(
@@ -101,6 +108,8 @@ def _as(dtype: str, memory: torch.Tensor) -> torch.Tensor:
 def _strides(entry: TensorEntry) -> tuple[int, ...]:
     if entry.strides is not None:
         return entry.strides
+    if len(entry.shape) == 1:
+        return (1,)
     strides, step = [], 1
     for size in reversed(entry.shape):
         strides.append(step)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import collections
+import math
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from hwcore.errors import AllocationCancelledError, AllocationTimeoutError, ClosedError, describe
+from hwcore._checks import is_number
+from hwcore.errors import (
+    AllocationCancelledError,
+    AllocationTimeoutError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    ClosedError,
+    describe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hwcore.diffusion.leases import Lease
 
-__all__ = ["WaitingLine"]
+__all__ = ["WaitingLine", "check_timeout"]
 
+_LONGEST_WAIT_S = 1e6  # what a lock can wait for is limited
 # Nothing tells of an event that was reached or of a view that died, so the first in line looks.
 _LOOK_S = 50e-6
 _LOOK_AT_LEAST_EVERY_S = 2e-3
@@ -149,3 +159,12 @@ class WaitingLine:
         self._line.remove(waiter)
         waiter.error = error
         waiter.woken.notify()
+
+
+def check_timeout(where: str, timeout_s: object) -> None:
+    """Raise unless ``timeout_s`` is a number of seconds that can be waited."""
+    if not is_number(timeout_s):
+        raise ArgumentTypeError(describe(where, "timeout_s", timeout_s, "a number", "Pass seconds"))
+    if math.isnan(timeout_s) or not 0 <= timeout_s <= _LONGEST_WAIT_S:
+        expected, fix = f"seconds in [0, {_LONGEST_WAIT_S:g}]", "Pass a deadline that can come"
+        raise ArgumentValueError(describe(where, "timeout_s", timeout_s, expected, fix))

@@ -27,6 +27,7 @@ def holes(live, size_bytes, alignment):
     st.lists(st.one_of(st.integers(1, 700), st.floats(0, 1, exclude_max=True)), max_size=80),
     st.sampled_from([1, 16, 64]),
 )
+@hypothesis.settings(deadline=None)
 def test_it_takes_the_smallest_hole_that_is_large_enough_and_joins_neighbours(steps, alignment):
     """An int allocates so much, a fraction frees the live block at that place."""
     size_bytes = 4096

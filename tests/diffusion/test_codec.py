@@ -1,5 +1,6 @@
 """Frames of a message: what is packed is what is unpacked, and no byte is taken on trust."""
 
+import contextlib
 import ctypes
 import gc
 import types
@@ -159,7 +160,9 @@ def test_tensors_asked_for_on_a_device_have_memory_of_their_own(hw):
 
 def test_a_device_whose_memory_the_host_can_read_is_not_copied_from(hw):
     if hw.device().type == "cpu":
-        pytest.skip("the host's own memory; test_a_large_tensor_of_the_host_is_sent_from_where_it_is")
+        pytest.skip(
+            "the host's own memory; test_a_large_tensor_of_the_host_is_sent_from_where_it_is"
+        )
     asked = []
 
     def needs_cpu_fallback(tensor, purpose):
@@ -268,10 +271,8 @@ def test_a_damaged_manifest_is_refused_or_read_as_another(seed):
         head = bytearray(frames[0])
         at, value = torch.randint(0, 256, (2,), generator=choice).tolist()
         head[at % len(head)] = value
-        try:
+        with contextlib.suppress(ArgumentTypeError, ArgumentValueError):
             unpack_tensors([head, *frames[1:]])
-        except (ArgumentTypeError, ArgumentValueError):
-            pass
 
 
 def manifest(*parts):

@@ -309,7 +309,8 @@ def test_one_tensor_is_written_and_read_at_an_offset(hw, pool):
 
 
 @pytest.mark.parametrize(
-    ("offset", "named"), [(1, "multiple of 4"), (-4, "at least 0"), (56, "at most 64"), (0.0, "int")]
+    ("offset", "named"),
+    [(1, "multiple of 4"), (-4, "at least 0"), (56, "at most 64"), (0.0, "int")],
 )
 def test_an_offset_that_cannot_be_is_refused(pool, offset, named):
     with (
@@ -344,9 +345,7 @@ def test_nothing_is_written_or_read_while_a_graph_is_captured(hw, pool):
     x = torch.zeros(3, device=hw.device())
     with pool.allocate(64) as lease:
         with pytest.raises(CaptureError, match="write_tensors_from_device"):
-            hw.graph_capture(
-                hw.create_graph(), lambda: pool.write_tensors_from_device(lease, [x])
-            )
+            hw.graph_capture(hw.create_graph(), lambda: pool.write_tensors_from_device(lease, [x]))
         assert lease.written_bytes == 0
 
 
@@ -371,7 +370,7 @@ def test_the_lease_of_a_view_says_so_when_another_finds_no_room(pool):
 
     with pool.allocate(pool.size_bytes, "the first") as lease:
         view = lease.memory
-    with pytest.raises(AllocationTimeoutError, match="'the first' .*tensors that view it"):
+    with pytest.raises(AllocationTimeoutError, match=r"'the first' .*tensors that view it"):
         pool.allocate(64, timeout_s=0.01)
     del view
     assert is_all_free(pool)
