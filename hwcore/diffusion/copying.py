@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from hwcore.diffusion.layout import LARGE_BYTES, by_place
 from hwcore.diffusion.views import is_stored_as, plain, view_of, views, views_of_parts
 from hwcore.errors import ArgumentValueError, CaptureError, describe
 from hwcore.fence import StreamFence
+from hwcore.graphs.host_inputs import HostInputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,10 +32,15 @@ class LeaseIO:
     Parameters
     ----------
     backend : Backend
+    device : torch.device
+        Where the pool's memory is.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, device: torch.device) -> None:
         self._backend = backend
+        self._sources = HostInputs(backend, device)
+        self._sources_lock = threading.Lock()
+        self._idle: Stream | None = None
 
     def write(
         self,
@@ -51,20 +58,21 @@ class LeaseIO:
         if base.is_cpu:
             for user in lease._streams:  # its copies would come after what the host writes now
                 self._backend.synchronize_stream(user)
-        event = self._backend.create_event(device)
         with self._work(lease, device, stream, tensors) as worker:
-            fence = self._fence(lease)
-            if worker is not None:
-                fence.begin_write(worker)
+            if worker is None:
+                base[:start].zero_()
+                write_layout(base[start:], layout, tensors)
+                return self._reached()
+            event, fence = self._backend.create_event(device), self._fence(lease)
+            fence.begin_write(worker)
             try:
                 base[:start].zero_()
                 write_layout(base[start:], layout, tensors)
             finally:
-                if worker is not None:
-                    fence.end_write(worker)
-            if worker is not None:
-                self._backend.record_event(event, worker)
-                lease._written = event
+                fence.end_write(worker)
+            self._backend.record_event(event, worker)
+            lease._written = event
+            self._keep_sources(base, tensors, worker)
         return event
 
     def read(
@@ -80,27 +88,28 @@ class LeaseIO:
         """Return the tensors at the start of ``base``, and the event from which they are there."""
         if device is None and not clone:
             self.wait_for_writes(lease, base)
-            event = self._backend.create_event(None if base.is_cpu else base.device)
-            if not base.is_cpu:
+            if base.is_cpu:
+                event = self._reached()
+            else:
+                event = self._backend.create_event(base.device)
                 self._backend.record_event(event, self._backend.current_stream(base.device))
             return views(layout, lambda entry: (base, entry.offset), base.device), event
         # An index that is left out is the current device's, which torch fills in.
         target = torch.empty(0, device=base.device if device is None else device).device
         worked_on = common_device(self._backend, where, [base.device, target])
-        event = self._backend.create_event(worked_on)
         with self._work(lease, worked_on, stream, ()) as worker:
             if worker is None:
                 self.wait_for_writes(lease, base)
-                parts = read_parts(base, layout, target)
+                parts, event = read_parts(base, layout, target), self._reached()
             else:
-                fence = self._fence(lease)
+                event, fence = self._backend.create_event(worked_on), self._fence(lease)
                 fence.begin_read(worker)
                 try:
                     parts = read_parts(base, layout, target)
                 finally:
                     fence.end_read(worker)
                 self._backend.record_event(event, worker)
-        if worker is not None and target.type != "cpu":
+        if worker is not None and target == worked_on:
             current = self._backend.current_stream(target)
             if current != worker:  # who waits for the event frees them there
                 for part in parts:
@@ -125,6 +134,27 @@ class LeaseIO:
         if device.type == self._backend.info.device_type:
             return self._backend.current_stream(device)
         return self._backend.current_stream() if self._backend.is_initialized() else None
+
+    def _keep_sources(
+        self, base: torch.Tensor, tensors: Sequence[torch.Tensor], worker: Stream
+    ) -> None:
+        """Keep tensors of the host whose page-locked memory copies still read."""
+        if base.is_cpu:
+            return
+        hosts = [tensor for tensor in tensors if tensor.is_cpu and tensor.nbytes >= LARGE_BYTES]
+        if hosts:
+            with self._sources_lock:
+                self._sources.keep(hosts, worker)
+
+    def _reached(self) -> Event:
+        """Return an event that nobody has to wait for: the host has done the work itself."""
+        backend = self._backend
+        event = backend.create_event()
+        if backend.is_initialized() or backend.info.device_type == "cpu":
+            # On a stream without work; elsewhere there is no device yet, nor anything to wait for.
+            self._idle = self._idle or backend.create_stream()
+            backend.record_event(event, self._idle)
+        return event
 
     def _fence(self, lease: Lease) -> StreamFence:
         if lease._fence is None:
@@ -153,8 +183,8 @@ class LeaseIO:
         with backend.stream_context(worker):
             yield worker
         for tensor in tensors:
-            if not tensor.is_cpu:
-                backend.record_stream(tensor, worker)
+            if tensor.device == device:
+                backend.record_stream(_stored(tensor), worker)
 
 
 def common_device(
@@ -183,6 +213,13 @@ def common_device(
         )
         raise CaptureError(message)
     return found.pop() if found else None
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory, of which torch makes no copy before it is recorded."""
+    tensor = tensor.detach()
+    tensor = tensor.conj() if tensor.is_conj() else tensor
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
 
 
 def write_layout(base: torch.Tensor, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:

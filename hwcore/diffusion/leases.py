@@ -266,7 +266,7 @@ class LeaseTable:
     def _is_viewed(self, lease: Lease) -> bool:
         if lease._base is not None:
             for stream in lease._streams:
-                if not lease._base.is_cpu:
+                if lease._base.device.type == self._backend.info.device_type:
                     self._backend.record_stream(lease._base, stream)
             storage = lease._base.untyped_storage()
             lease._views = StorageWeakRef(storage)  # type: ignore[no-untyped-call]

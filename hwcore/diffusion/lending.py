@@ -36,7 +36,7 @@ class LeasedMemory:
         self._device = memory.device
         self._lock = threading.Lock()
         self._table = LeaseTable(self._backend, memory)
-        self._io = LeaseIO(self._backend)
+        self._io = LeaseIO(self._backend, memory.device)
         self._line = WaitingLine(
             self._lock,
             self._table.settle,

@@ -1,5 +1,6 @@
 """A pool's leases and tensors: what is written is read, and no range has two owners."""
 
+import contextlib
 import gc
 
 import pytest
@@ -122,6 +123,21 @@ def test_a_lease_of_nothing_takes_no_room_even_of_a_full_pool(pool):
         tree, _ = pool.read_tensors_from_manifest(lease, written.manifest)
         assert tree["a"].shape == (0, 3)
         assert lease.memory.numel() == 0
+    assert is_all_free(pool)
+
+
+def test_a_range_that_is_freed_during_a_write_is_not_reused_before_that_has_returned(
+    pool, monkeypatch
+):
+    lease, write = pool.allocate(64), pool._io.write
+
+    def freed_meanwhile(*arguments):  # by another thread
+        pool.free(lease)
+        assert pool.stats().freed_leases == 1
+        return write(*arguments)
+
+    monkeypatch.setattr(pool._io, "write", freed_meanwhile)
+    pool.write_tensors_from_device(lease, [torch.zeros(3)])
     assert is_all_free(pool)
 
 
@@ -392,9 +408,7 @@ def test_tensors_on_a_device_that_was_asked_for_are_no_views(hw, pool):
 # --- Streams --------------------------------------------------------------------------------------
 
 
-def test_copies_run_on_the_stream_that_is_given_after_the_current_one(
-    hw, pool, in_any_order, watched
-):
+def test_copies_run_on_the_stream_that_is_given_after_the_current_one(hw, pool, in_any_order):
     side, other = hw.create_stream(), hw.create_stream()
     x = torch.zeros(2000, device=hw.device())
     with pool.allocate(1 << 14) as lease:
@@ -415,6 +429,24 @@ def test_a_source_may_go_before_its_copy_has_run(hw, pool, in_any_order):
         got, event = pool.read_tensors_from_manifest(lease, manifest, "cpu")
         hw.synchronize_event(event)
         assert got[0].sum() == 2000
+
+
+@pytest.mark.parametrize("pool_of", ["device"], indirect=True)
+def test_a_page_locked_source_may_go_even_where_its_memory_is_reused_early(hw, pool_of, late):
+    with contextlib.ExitStack() as reuse:
+        if hw.info.name == "sim":
+            from hwcore_sim import device
+
+            reuse.enter_context(device.pinned_reuse("early"))
+        pool = pool_of()
+        with pool.allocate(1 << 14) as lease:
+            x = hw.pin_memory(torch.ones(2000))
+            manifest, _ = pool.write_tensors_from_device(lease, [x])
+            del x
+            hw.pin_memory(torch.zeros(2000))  # would get its memory
+            got, event = pool.read_tensors_from_manifest(lease, manifest, "cpu")
+            hw.synchronize_event(event)
+            assert got[0].sum() == 2000
 
 
 def test_what_was_read_on_another_stream_may_go_before_the_work_on_it_has_run(
@@ -442,6 +474,23 @@ def test_host_memory_is_read_when_the_device_has_written_it(hw, host_pool, in_an
         x += 1
         host_pool.write_tensors_from_device(lease, [x], side)
         assert lease.payload.view(torch.float32).sum() == 4000
+
+
+@pytest.mark.usefixtures("watched")
+def test_streams_that_share_a_lease_do_not_race(hw, pool, in_any_order):
+    side, other = hw.create_stream(), hw.create_stream()
+    with pool.allocate(1 << 14) as lease:
+        for turn in range(3):
+            x = torch.full((2000,), float(turn), device=hw.device())
+            manifest, _ = pool.write_tensors_from_device(lease, [x, x[:3]], side)
+            del x
+            got, event = pool.read_tensors_from_manifest(lease, manifest, hw.device(), other)
+            hw.wait_event(event)
+            assert got[0].sum().item() == 2000 * turn
+        views, event = pool.read_tensors_from_manifest(lease, manifest)
+        hw.wait_event(event)
+        assert views[1].sum().item() == 6
+        del views
 
 
 def test_the_host_does_not_write_under_a_copy_of_the_device(hw, host_pool, in_any_order):

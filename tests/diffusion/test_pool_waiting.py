@@ -14,13 +14,13 @@ from hwcore.errors import (
     ClosedError,
 )
 
-PATIENCE_S = 20.0  # of a test, before it takes a thread to hang
+PATIENCE_S = 10.0  # of a test, before it takes a thread to hang
 
 
 class Waiting:
     """A call of `allocate` in a thread of its own."""
 
-    def __init__(self, pool, size_bytes, request_id="", timeout_s=PATIENCE_S):
+    def __init__(self, pool, size_bytes, request_id="", timeout_s=2 * PATIENCE_S):
         self.lease = self.error = None
         before = pool.stats().waiting_requests
         self._thread = threading.Thread(

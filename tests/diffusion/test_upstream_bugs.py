@@ -192,7 +192,9 @@ def test_12_a_result_on_the_pools_own_device_is_not_the_slot(hw, pool, name):
         manifest, _ = pool.write_tensors_from_device(lease, [torch.full((16,), 7.0)])
         got, event = pool.read_tensors_from_manifest(lease, manifest, device)
         hw.synchronize_event(event)
+        assert got[0].data_ptr() != lease.memory.data_ptr()
     with pool.allocate(64) as following:
+        assert following.offset == lease.offset
         pool.write_tensors_from_device(following, [torch.full((16,), 8.0)])
         hw.synchronize()
         assert got[0].tolist() == [7] * 16
