@@ -88,11 +88,11 @@ class LeaseIO:
         """Return the tensors at the start of ``base``, and the event from which they are there."""
         if device is None and not clone:
             self.wait_for_writes(lease, base)
-            if base.is_cpu:
-                event = self._reached()
-            else:
+            if base.device.type == self._backend.info.device_type:
                 event = self._backend.create_event(base.device)
                 self._backend.record_event(event, self._backend.current_stream(base.device))
+            else:
+                event = self._reached()
             return views(layout, lambda entry: (base, entry.offset), base.device), event
         # An index that is left out is the current device's, which torch fills in.
         target = torch.empty(0, device=base.device if device is None else device).device
@@ -139,7 +139,7 @@ class LeaseIO:
         self, base: torch.Tensor, tensors: Sequence[torch.Tensor], worker: Stream
     ) -> None:
         """Keep tensors of the host whose page-locked memory copies still read."""
-        if base.is_cpu:
+        if base.device.type != self._backend.info.device_type:
             return
         hosts = [tensor for tensor in tensors if tensor.is_cpu and tensor.nbytes >= LARGE_BYTES]
         if hosts:

@@ -62,7 +62,6 @@ class Lease:
         self._identity = identity
         self._since = time.monotonic()
         self._freed = False
-        self._busy = 0  # calls at work on it, in other threads perhaps
         self._holders: set[str] = set()
         self._streams: dict[Stream, None] = {}
         self._base: torch.Tensor | None = None
@@ -243,8 +242,6 @@ class LeaseTable:
 
     def waits_for(self, lease: Lease) -> str:
         """Say what keeps a freed lease's memory."""
-        if lease._busy:
-            return "a call that is at work on it"
         if lease._holders:
             return f"quarantined for {', '.join(sorted(lease._holders))}"
         if lease._events is None:
@@ -252,7 +249,7 @@ class LeaseTable:
         return "work on streams"
 
     def _is_untouched(self, lease: Lease) -> bool:
-        if lease._busy or lease._holders:
+        if lease._holders:
             return False
         if lease._events is None:
             if self._is_viewed(lease):
@@ -265,7 +262,7 @@ class LeaseTable:
 
     def _is_viewed(self, lease: Lease) -> bool:
         if lease._base is not None:
-            for stream in lease._streams:
+            for stream in list(lease._streams):  # a call may be at work in another thread
                 if lease._base.device.type == self._backend.info.device_type:
                     self._backend.record_stream(lease._base, stream)
             storage = lease._base.untyped_storage()

@@ -216,18 +216,12 @@ class LeasedMemory:
 
     @contextlib.contextmanager
     def _using(self, where: str, lease: Lease) -> Iterator[torch.Tensor]:
-        """Keep a lease's range from reuse during a call, and other calls from the lease."""
+        """Return a lease's memory, alone with it; while it is held the range is not reused."""
         with self._lock:
             self._check(where, lease)
-            lease._busy += 1
-        try:
-            with lease._lock:
-                yield self._table.base(lease)
-        finally:
-            with self._lock:
-                lease._busy -= 1
-                if lease._freed:
-                    self._line.serve()
+            base = self._table.base(lease)
+        with lease._lock:
+            yield base
 
     def _check(self, where: str, lease: Lease) -> None:
         check_instance(where, "lease", lease, Lease, "allocate()")
