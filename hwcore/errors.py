@@ -7,6 +7,8 @@ catch either. Messages read ``<part>: <argument> got <value>; expected <conditio
 from __future__ import annotations
 
 __all__ = [
+    "AllocationCancelledError",
+    "AllocationTimeoutError",
     "ApiVersionError",
     "ArgumentTypeError",
     "ArgumentValueError",
@@ -17,6 +19,7 @@ __all__ = [
     "ConsumeOnceError",
     "ForkError",
     "HwcoreError",
+    "LeaseError",
     "PeerError",
     "PluginDefinitionError",
     "PluginError",
@@ -60,6 +63,18 @@ class ClosedError(HwcoreError, RuntimeError):
 
 class PeerError(HwcoreError, ConnectionError):
     """Another process of a group did not take part in a collective: it is gone, or hangs."""
+
+
+class LeaseError(HwcoreError, LookupError):
+    """A lease of a pool was used that is not, or no longer, one of its leases."""
+
+
+class AllocationTimeoutError(HwcoreError, TimeoutError):
+    """A pool had no room for a request before its deadline."""
+
+
+class AllocationCancelledError(HwcoreError, RuntimeError):
+    """A request that was waiting for room in a pool was cancelled."""
 
 
 class ConsumeOnceError(HwcoreError, RuntimeError):

@@ -9,6 +9,9 @@ import pytest
 from hwcore import errors
 
 BUILTINS = {
+    "AllocationCancelledError": RuntimeError,
+    "AllocationTimeoutError": TimeoutError,
+    "LeaseError": LookupError,
     "ApiVersionError": RuntimeError,
     "ArgumentTypeError": TypeError,
     "ArgumentValueError": ValueError,
