@@ -260,6 +260,8 @@ class Aborted(_Message, frozen=True):
 
 
 # --- The router to workers ------------------------------------------------------------------------
+# Each names the epoch that it is meant for: what comes late must not reach a worker that has begun
+# again.
 
 
 class Registered(_Message, frozen=True):
@@ -281,6 +283,7 @@ class Reset(_Message, frozen=True):
 class Work(_Message, frozen=True):
     """Compute. The input follows in frames, or lies in ``slot``, its manifest in a frame."""
 
+    epoch: Number
     job: Number
     request_id: Name
     remaining_s: Seconds
@@ -291,6 +294,7 @@ class Work(_Message, frozen=True):
 class Push(_Message, frozen=True):
     """Write a job's output to a slot of another worker; ``turn`` is higher for each target."""
 
+    epoch: Number
     job: Number
     turn: Count
     address: Text
@@ -300,18 +304,21 @@ class Push(_Message, frozen=True):
 class Forget(_Message, frozen=True):
     """A job is over, and what was said of it has come."""
 
+    epoch: Number
     job: Number
 
 
 class Abort(_Message, frozen=True):
     """Give a job up, wherever it is; answered by ``Aborted``."""
 
+    epoch: Number
     job: Number
 
 
 class Want(_Message, frozen=True):
     """A slot of this size is wanted; granted when there is room."""
 
+    epoch: Number
     size_bytes: Number
 
 
@@ -325,12 +332,15 @@ class Release(_Message, frozen=True):
         may.
     """
 
+    epoch: Number
     slot: Slot
     writer: Text = ""
 
 
 class Drain(_Message, frozen=True):
     """Take no new work; the router sends none."""
+
+    epoch: Number
 
 
 FromClient: TypeAlias = Submit | Cancel

@@ -165,7 +165,7 @@ class RouterCore:
         for abortion in self._abortions.values():
             if now >= abortion.resend_at:
                 abortion.resend_at = now + self.config.resend_after_s
-                self._send(abortion.worker.name, Abort(abortion.job))
+                self._send(abortion.worker.name, Abort(abortion.worker.epoch, abortion.job))
         for key, (worker, release, due) in self._releases.items():
             if now >= due:
                 self._releases[key] = (worker, release, now + self.config.resend_after_s)
@@ -199,7 +199,7 @@ class RouterCore:
         worker = self.workers.get(name)
         if worker is not None:
             worker.draining = True
-            self._send(name, Drain())
+            self._send(name, Drain(worker.epoch))
 
     # --- Clients ---
 
@@ -295,7 +295,7 @@ class RouterCore:
         elif isinstance(message, Pushed):
             self._pushed(request, message.turn, frames, now)
         elif isinstance(message, Finished):
-            self._send(worker.name, Forget(message.job))
+            self._send(worker.name, Forget(message.epoch, message.job))
             if request.is_last:
                 self._end_job(request)
                 self._answer(request, Result(*request.key), frames, now)
@@ -318,13 +318,13 @@ class RouterCore:
                 del self._releases[key]
         for slot in message.slots:  # that it should have back, and does not know of
             if slot.lease in worker.over and (worker.name, slot.lease) not in self._releases:
-                self._release(worker, slot, "", now)
+                self._release(worker, slot, worker.over[slot.lease], now)
         for job in message.jobs:
             request = self._by_job.get(job)
             if request is not None and request.worker is worker:
                 self._acknowledge(request)
             elif (worker.name, job) not in self._abortions:
-                self._send(worker.name, Abort(job))
+                self._send(worker.name, Abort(worker.epoch, job))
 
     def _acknowledge(self, request: Request) -> None:
         """Note that the worker has the job: the slot with its input is the worker's own again."""
@@ -352,6 +352,7 @@ class RouterCore:
         assert request.worker is not None
         frames = request.frames if request.input_slot is None else request.manifest
         work = Work(
+            request.worker.epoch,
             request.job,
             request.key[0],
             max(1e-3, request.deadline - now),
@@ -390,7 +391,9 @@ class RouterCore:
         assert request.worker is not None
         assert request.target is not None
         assert request.slot is not None
-        push = Push(request.job, request.turn, request.target.address, request.slot)
+        push = Push(
+            request.worker.epoch, request.job, request.turn, request.target.address, request.slot
+        )
         self._send(request.worker.name, push)
 
     def _pushed(self, request: Request, turn: int, frames: Frames, now: float) -> None:
@@ -399,7 +402,7 @@ class RouterCore:
         assert request.worker is not None
         target, slot = request.target, request.slot
         assert target is not None
-        self._send(request.worker.name, Forget(request.job))
+        self._send(request.worker.name, Forget(request.worker.epoch, request.job))
         target.jobs.discard(-request.job)
         self._end_job(request)
         request.stage += 1
@@ -410,7 +413,7 @@ class RouterCore:
     def _failed(self, request: Request, message: Failed, now: float) -> None:
         assert request.worker is not None
         if message.turn == 0:
-            self._send(request.worker.name, Forget(message.job))
+            self._send(request.worker.name, Forget(message.epoch, message.job))
             request.avoided.add(request.worker.name)
             self._end_job(request)
             if message.retryable:
@@ -478,7 +481,7 @@ class RouterCore:
         abortion = _Abortion(worker, job, now + self.config.resend_after_s, slots)
         if self.workers.get(worker.name) is worker:
             self._abortions[worker.name, job] = abortion
-            self._send(worker.name, Abort(job))
+            self._send(worker.name, Abort(worker.epoch, job))
         else:  # it died, and may have left a write under way
             self._end_abortion(abortion, worker.address, now)
 
@@ -495,8 +498,8 @@ class RouterCore:
     def _release(self, worker: Worker, slot: Slot, writer: str, now: float) -> None:
         """Give a worker its slot back, if the worker is still there."""
         if self.workers.get(worker.name) is worker:
-            worker.retire(slot)
-            release = Release(slot, writer)
+            worker.retire(slot, writer)
+            release = Release(worker.epoch, slot, writer)
             due = now + self.config.resend_after_s
             self._releases[worker.name, slot.lease] = (worker, release, due)
             self._send(worker.name, release)
@@ -529,7 +532,7 @@ class RouterCore:
             if asked_before:  # what it has granted may be all that it has
                 for slot in list(worker.free.values()):
                     self._release(worker, slot, "", now)
-            self._send(worker.name, Want(request.size_bytes))
+            self._send(worker.name, Want(worker.epoch, request.size_bytes))
 
     def _check_times(self, request: Request, now: float) -> None:
         config = self.config

@@ -198,14 +198,13 @@ class WorkerCore:
 
     def from_router(self, message: FromRouter, frames: Sequence[bytes], now: float) -> None:
         """Take in what the router said."""
-        if self._resetting:
-            return
+        if self._resetting or message.epoch != self.epoch:
+            return  # it is late
         if isinstance(message, Registered):
-            if message.epoch == self.epoch and self._heartbeat_s is None:
+            if self._heartbeat_s is None:
                 self._heartbeat_s, self._due = message.heartbeat_s, now
         elif isinstance(message, Reset):
-            if message.epoch == self.epoch:
-                self.reset()
+            self.reset()
         elif isinstance(message, Work):
             self._work(message, tuple(frames))
         elif isinstance(message, Push):

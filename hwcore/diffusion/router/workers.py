@@ -29,8 +29,8 @@ class Worker:
         Granted, and promised to nobody, by lease.
     used : dict of int to Slot
         Promised to a job of which the worker knows nothing yet.
-    over : dict of int to None
-        Leases that are neither any more.
+    over : dict of int to str
+        Leases that are neither any more, and who may still write there; empty if none may.
     jobs : set of int
         What it computes, or will: outputs on their way to it count.
     wanted : dict of int to float
@@ -49,7 +49,7 @@ class Worker:
     free: dict[int, Slot] = dataclasses.field(default_factory=dict)
     used: dict[int, Slot] = dataclasses.field(default_factory=dict)
     jobs: set[int] = dataclasses.field(default_factory=set)
-    over: dict[int, None] = dataclasses.field(default_factory=dict)
+    over: dict[int, str] = dataclasses.field(default_factory=dict)
     wanted: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -67,10 +67,10 @@ class Worker:
         """Give a slot to a job."""
         self.used[slot.lease] = self.free.pop(slot.lease)
 
-    def retire(self, slot: Slot) -> None:
+    def retire(self, slot: Slot, writer: str = "") -> None:
         """Forget a slot: its lease is over, or as good as over."""
         if self.used.pop(slot.lease, None) or self.free.pop(slot.lease, None):
-            self.over[slot.lease] = None
+            self.over[slot.lease] = writer
             if len(self.over) > _REMEMBERED:
                 del self.over[next(iter(self.over))]
 
