@@ -12,6 +12,7 @@ from hwcore.diffusion.layout import Layout, TensorEntry, layout_of
 from hwcore.diffusion.leases import Lease, PoolStats
 from hwcore.diffusion.manifest import Manifest, decode_manifest, encode_manifest, manifest_of
 from hwcore.diffusion.pool import Loaded, TransferTensorBuffer, Written
+from hwcore.diffusion.roles import RoleType
 
 __all__ = [
     "EnumRegistry",
@@ -20,6 +21,7 @@ __all__ = [
     "Loaded",
     "Manifest",
     "PoolStats",
+    "RoleType",
     "TensorEntry",
     "TensorWrapper",
     "TransferTensorBuffer",

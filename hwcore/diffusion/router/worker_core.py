@@ -1,0 +1,380 @@
+"""A worker's mind, without sockets and clocks: what it does for a router, and what it says.
+
+The one who owns it computes and moves bytes: it takes :class:`Todo` from :meth:`WorkerCore.todo`,
+and reports what became of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
+
+from hwcore.diffusion.messages import (
+    Abort,
+    Aborted,
+    Computed,
+    Drain,
+    Failed,
+    Finished,
+    Forget,
+    Granted,
+    Heartbeat,
+    Push,
+    Pushed,
+    Register,
+    Registered,
+    Release,
+    Reset,
+    Slot,
+    Want,
+    Work,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hwcore.diffusion.messages import FromRouter
+    from hwcore.diffusion.roles import RoleType
+
+__all__ = ["Compute", "Drop", "Restart", "Slots", "Todo", "Transfer", "WorkerCore"]
+
+Frames = tuple[bytes, ...]
+_REMEMBERED = 65536  # jobs that are over: `Work` may come late, and must not be done twice
+
+
+class Slots(Protocol):
+    """The memory of a worker, as far as its mind needs it."""
+
+    def grant(self, size_bytes: int) -> Slot | None:
+        """Return a new slot, or None where there is no room now."""
+
+    def consume(self, slot: Slot) -> bool:
+        """Take a slot over for a job; say whether it is one that was granted and not given back."""
+
+    def free(self, slot: Slot, writer: str) -> None:
+        """Give a slot back, at once or when ``writer`` can write no more. Twice is harmless."""
+
+    def granted(self) -> list[Slot]:
+        """Return the slots that hold no job."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Do a job: its input is ``frames``, or lies in ``slot`` as the manifest in ``frames`` says."""
+
+    job: int
+    request_id: str
+    frames: Frames
+    slot: Slot | None
+    last: bool
+    remaining_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Push a job's output."""
+
+    job: int
+    turn: int
+    address: str
+    slot: Slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Let go of a job, then report :meth:`WorkerCore.dropped`: nothing is written after that."""
+
+    job: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """Begin again with a new pool at a new address, then report :meth:`WorkerCore.restarted`.
+
+    The router took this worker for dead, and others may still write to the old pool; it must not be
+    the memory of anything else.
+    """
+
+
+Todo: TypeAlias = Compute | Transfer | Drop | Restart
+
+
+class _State(enum.Enum):
+    RUNNING = "computes"
+    SAID = "waits for the router's answer"
+    PUSHING = "pushes"
+    DROPPING = "is let go"
+
+
+@dataclasses.dataclass
+class _Job:
+    state: _State = _State.RUNNING
+    turn: int = 0
+    word: Any = None  # the last, repeated until it is answered
+    frames: Frames = ()
+    next: Push | None = None
+    forgotten: bool = False
+
+
+class WorkerCore:
+    """The jobs of a worker.
+
+    Parameters
+    ----------
+    role : RoleType
+    epoch : int
+        Higher than at any time before under the worker's name.
+    address : str
+        Of its engine.
+    capacity : int
+    pool_bytes : int
+    slots : Slots
+    sizes : sequence of int
+        What it grants from the beginning. Later as many, of the sizes that were used last.
+    """
+
+    def __init__(
+        self,
+        role: RoleType,
+        epoch: int,
+        address: str,
+        capacity: int,
+        pool_bytes: int,
+        slots: Slots,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self.role, self.epoch, self.address = role, epoch, address
+        self.draining = False
+        self._capacity, self._pool_bytes = capacity, pool_bytes
+        self._slots = slots
+        self._sizes: collections.deque[int] = collections.deque(sizes, maxlen=len(sizes))
+        self._heartbeat_s: float | None = None  # unknown to the router
+        self._resetting = False
+        self._due = 0.0
+        self._number = 0
+        self._jobs: dict[int, _Job] = {}
+        self._over: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._wanted: collections.deque[int] = collections.deque()
+        self._outbox: list[tuple[Any, Frames]] = []
+        self._todo: list[Todo] = []
+
+    # --- In and out ---
+
+    def take(self) -> list[tuple[Any, Frames]]:
+        """Return what is to be sent to the router, in this order."""
+        taken, self._outbox = self._outbox, []
+        return taken
+
+    def todo(self) -> list[Todo]:
+        """Return what is to be done, in this order."""
+        taken, self._todo = self._todo, []
+        return taken
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no job."""
+        return not self._jobs
+
+    def tick(self, now: float) -> None:
+        """Do what is due: register, say that it is alive, say again what got no answer."""
+        self.grant()
+        if self._resetting or now < self._due:
+            return
+        if self._heartbeat_s is None:
+            self._due = now + 0.2
+            said = (self.role, self.epoch, self.address, self._capacity, self._pool_bytes)
+            self._send(Register(*said, self._slots.granted()))
+            return
+        self._due = now + self._heartbeat_s
+        self._number += 1
+        self._send(Heartbeat(self.epoch, self._number, list(self._jobs), self._slots.granted()))
+        for job in self._jobs.values():
+            if job.word is not None:
+                self._send(job.word, job.frames)
+
+    # --- What the router says ---
+
+    def from_router(self, message: FromRouter, frames: Sequence[bytes], now: float) -> None:
+        """Take in what the router said."""
+        if self._resetting or message.epoch != self.epoch:
+            return  # it is late
+        if isinstance(message, Registered):
+            if self._heartbeat_s is None:
+                self._heartbeat_s, self._due = message.heartbeat_s, now
+        elif isinstance(message, Reset):
+            self.reset()
+        elif isinstance(message, Work):
+            self._work(message, tuple(frames))
+        elif isinstance(message, Push):
+            self._push(message)
+        elif isinstance(message, Forget):
+            self._forget(message.job)
+        elif isinstance(message, Abort):
+            self._abort(message.job)
+        elif isinstance(message, Want):
+            if message.size_bytes not in self._wanted:
+                self._wanted.append(message.size_bytes)
+            self.grant()
+        elif isinstance(message, Release):
+            self._slots.free(message.slot, message.writer)
+            self.grant()
+        elif isinstance(message, Drain):
+            self.draining = True
+        else:
+            assert_never(message)
+
+    def reset(self) -> None:
+        """Begin again under a new epoch: the router knows nothing of the jobs, nor of the slots."""
+        if self._resetting:
+            return
+        self._resetting = True
+        self._wanted.clear()
+        for number in list(self._jobs):
+            self._abort(number)
+        self._restart_if_idle()
+
+    def restarted(self, address: str, slots: Slots) -> None:
+        """Report the new pool and its address."""
+        self.address, self._slots = address, slots
+        self.epoch += 1
+        self._heartbeat_s, self._due, self._number = None, 0.0, 0
+        self._resetting = False
+
+    def _restart_if_idle(self) -> None:
+        if self._resetting and not self._jobs:
+            self._todo.append(Restart())
+
+    def _work(self, message: Work, frames: Frames) -> None:
+        job = message.job
+        if job in self._jobs or job in self._over:
+            return
+        self._jobs[job] = _Job()
+        if message.slot is not None and not self._slots.consume(message.slot):
+            text = f"slot {message.slot.lease} is not granted any more"
+            self.failed(job, text, retryable=True)
+            return
+        if message.slot is not None:
+            self._sizes.append(message.slot.size_bytes)
+        self._todo.append(
+            Compute(
+                job,
+                message.request_id,
+                frames,
+                message.slot,
+                message.last,
+                message.remaining_s,
+            )
+        )
+
+    def _push(self, message: Push) -> None:
+        job = self._jobs.get(message.job)
+        if job is None or job.state is _State.DROPPING or message.turn <= job.turn:
+            return
+        if job.state is _State.PUSHING:
+            if job.next is None or message.turn > job.next.turn:
+                job.next = message  # one at a time
+            return
+        job.turn, job.word, job.frames, job.state = message.turn, None, (), _State.PUSHING
+        self._todo.append(Transfer(message.job, message.turn, message.address, message.slot))
+
+    def _forget(self, number: int) -> None:
+        job = self._jobs.get(number)
+        if job is None or job.state is _State.RUNNING:
+            return
+        job.forgotten = True
+        self._drop(number, job)
+
+    def _abort(self, number: int) -> None:
+        job = self._jobs.get(number)
+        if job is None:
+            self._is_over(number)
+            self._send(Aborted(self.epoch, number))
+            return
+        job.forgotten = False
+        self._drop(number, job)
+
+    def _drop(self, number: int, job: _Job) -> None:
+        if job.state is not _State.DROPPING:
+            job.state, job.word, job.frames = _State.DROPPING, None, ()
+            self._todo.append(Drop(number))
+
+    # --- What the owner reports ---
+
+    def computed(self, number: int, size_bytes: int) -> None:
+        """Report that a job's output is ready."""
+        self._say(number, _State.RUNNING, Computed(self.epoch, number, size_bytes), ())
+
+    def finished(self, number: int, frames: Sequence[bytes]) -> None:
+        """Report that the last job of a request is done."""
+        self._say(number, _State.RUNNING, Finished(self.epoch, number), tuple(frames))
+
+    def failed(self, number: int, text: str, retryable: bool) -> None:
+        """Report that a job failed."""
+        word = Failed(self.epoch, number, 0, text[:4096], retryable)
+        self._say(number, _State.RUNNING, word, ())
+
+    def pushed(self, number: int, turn: int, frames: Sequence[bytes]) -> None:
+        """Report that an output is there; ``frames`` is its manifest."""
+        self._end_turn(number, Pushed(self.epoch, number, turn), tuple(frames))
+
+    def push_failed(self, number: int, turn: int, text: str) -> None:
+        """Report that an output is not there, and that nothing of it is being written any more."""
+        self._end_turn(number, Failed(self.epoch, number, turn, text[:4096], retryable=True), ())
+
+    def dropped(self, number: int) -> None:
+        """Report that nothing is left of a job and nothing of it will be written."""
+        job = self._jobs.get(number)
+        if job is not None and job.state is _State.DROPPING:
+            del self._jobs[number]
+            self._is_over(number)
+            if not job.forgotten:
+                self._send(Aborted(self.epoch, number))
+            self._restart_if_idle()
+
+    def _end_turn(self, number: int, word: Pushed | Failed, frames: Frames) -> None:
+        self._say(number, _State.PUSHING, word, frames)
+        job = self._jobs.get(number)
+        if job is not None and job.next is not None:
+            following, job.next = job.next, None
+            self._push(following)
+
+    def _say(self, number: int, state: _State, word: Any, frames: Frames) -> None:
+        job = self._jobs.get(number)
+        if job is not None and job.state is state:
+            job.state, job.word, job.frames = _State.SAID, word, frames
+            self._send(word, frames)
+
+    # --- Slots ---
+
+    def grant(self) -> None:
+        """Grant what there is room for: call it when memory has become free.
+
+        First what the router wants, in the order in which it asked: a large slot is not put off by
+        small ones.
+        """
+        if self._resetting:
+            return
+        granted = []
+        while self._wanted and not self.draining:
+            slot = self._slots.grant(self._wanted[0])
+            if slot is None:
+                break
+            granted.append(slot)
+            self._wanted.popleft()
+        if not self._wanted and not self.draining:
+            missing = collections.Counter(self._sizes)
+            missing.subtract(slot.size_bytes for slot in self._slots.granted())
+            slots = map(self._slots.grant, missing.elements())
+            granted += [slot for slot in slots if slot is not None]
+        if granted and self._heartbeat_s is not None:
+            self._send(Granted(self.epoch, granted))
+
+    def _is_over(self, number: int) -> None:
+        self._over[number] = None
+        if len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
+
+    def _send(self, message: Any, frames: Frames = ()) -> None:
+        self._outbox.append((message, frames))
