@@ -59,11 +59,11 @@ class TransferTensorBuffer(LeasedMemory):
 
     Notes
     -----
-    A freed range is reused when nobody can touch it any more: every call at work on it has
-    returned, every holder named by ``quarantine`` was released, no tensor views it, and every
-    stream that worked on it has done what it had by then. So a view may outlive its lease; it
-    keeps the range out of the pool. Streams are those of the calls, the one that is current at
-    ``free``, and what ``Lease.record_stream`` names.
+    A freed range is reused when nobody can touch it any more: every holder named by ``quarantine``
+    was released, no tensor views it, those of running calls included, and every stream that worked
+    on it has done what it had by then. So a view may outlive its lease; it keeps the range out of
+    the pool. Streams are those of the calls, the one that is current at ``free``, and what
+    ``Lease.record_stream`` names.
     """
 
     def __init__(
