@@ -1,0 +1,1 @@
+"""Disaggregated diffusion: encoder, denoiser and decoder in processes of their own."""
