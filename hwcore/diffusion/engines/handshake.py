@@ -16,6 +16,7 @@ one cannot be sent back. What comes after the handshake is signed with a key of 
 from __future__ import annotations
 
 import array
+import contextlib
 import dataclasses
 import enum
 import hmac
@@ -32,11 +33,11 @@ from hwcore.diffusion.engines.token import mac
 from hwcore.errors import PeerError, PeerRefusedError, PeerTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from hwcore.diffusion.engines.token import Token
 
-__all__ = ["Reason", "Refused", "Session", "Welcome", "accept", "greet"]
+__all__ = ["Reason", "Refused", "Session", "Welcome", "accept", "greet", "welcome"]
 
 TIMEOUT_S = 5.0
 """How long a listener waits for a whole handshake."""
@@ -107,20 +108,8 @@ class Session:
     key: bytes = dataclasses.field(repr=False)
 
 
-def accept(
-    sock: socket.socket,
-    token: Token,
-    engine: str,
-    own_id: str,
-    welcome: Callable[[], tuple[Welcome, Sequence[int]]],
-) -> Session:
-    """Go through a handshake as the listener.
-
-    Parameters
-    ----------
-    welcome : callable
-        Returns what to say of the pool, and the descriptors to pass; called once the other side
-        is known.
+def accept(sock: socket.socket, token: Token, engine: str, own_id: str) -> Session:
+    """Go through a handshake as the listener, up to the welcome.
 
     Raises
     ------
@@ -128,32 +117,56 @@ def accept(
         Always with a reason, whatever came; nothing was said of the pool then.
     """
     deadline = Deadline("accept", TIMEOUT_S)
-    try:
+    with _refusing():
         hello = receive(sock, _HELLO.size, deadline)
         magic, wanted, peer, _ = _HELLO.unpack(hello)
-        if magic[:-1] != _MAGIC[:-1]:
-            raise Refused(Reason.GARBAGE, "no hello of hwcore")
-        if magic != _MAGIC:
-            raise Refused(Reason.VERSION, f"it speaks version {magic[-1]}, this is {_MAGIC[-1]}")
-        if wanted != _padded(engine):
-            raise Refused(Reason.ENGINE, f"it wants {wanted!r}, this is {engine}")
+        _check_hello(magic, wanted, engine)
         own = bytes.fromhex(own_id) + secrets.token_bytes(32)
         send(sock, deadline, own, token.mac(b"listener", hello, own))
         confirm = receive(sock, 32, deadline)
-        if not hmac.compare_digest(confirm, token.mac(b"connector", hello, own)):
-            raise Refused(Reason.TOKEN, "its token is another")
-        key = token.mac(b"session", hello, own)
-        facts, descriptors = welcome()
-        body = msgspec.json.encode(facts)
-        head = _WELCOME.pack(len(body), mac(key, b"welcome", body))
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-        if sock.sendmsg([head + body], [rights] if descriptors else []) != len(head) + len(body):
-            raise Refused(Reason.LOST, "it did not take the welcome")
+    if not hmac.compare_digest(confirm, token.mac(b"connector", hello, own)):
+        raise Refused(Reason.TOKEN, "its token is another")
+    return Session(peer.hex(), token.mac(b"session", hello, own))
+
+
+def welcome(
+    sock: socket.socket, session: Session, facts: Welcome, descriptors: Sequence[int] = ()
+) -> None:
+    """Say what the pool is, and pass descriptors: the other side can write from now on.
+
+    Raises
+    ------
+    Refused
+        If it is gone.
+    """
+    body = msgspec.json.encode(facts)
+    said = _WELCOME.pack(len(body), mac(session.key, b"welcome", body)) + body
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+    with _refusing():
+        sock.settimeout(TIMEOUT_S)
+        if sock.sendmsg([said], [rights] if descriptors else []) != len(said):
+            raise EOFError
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Count what ends a handshake."""
+    try:
+        yield
     except TimeoutError:
         raise Refused(Reason.TIMEOUT, f"no handshake within {TIMEOUT_S} s") from None
     except (EOFError, OSError) as error:
         raise Refused(Reason.LOST, f"it left during the handshake ({error})") from None
-    return Session(peer.hex(), key)
+
+
+def _check_hello(magic: bytes, wanted: bytes, engine: str) -> None:
+    if magic[:-1] != _MAGIC[:-1]:
+        raise Refused(Reason.GARBAGE, "no hello of hwcore")
+    if magic != _MAGIC:
+        detail = f"it speaks version {magic[-1]}, this is {_MAGIC[-1]}"
+        raise Refused(Reason.VERSION, detail)
+    if wanted != _padded(engine):
+        raise Refused(Reason.ENGINE, f"it wants {wanted!r}, this is {engine}")
 
 
 def greet(
@@ -199,6 +212,8 @@ def _greeted(
     send(sock, deadline, hello)
     peer, nonce, theirs = _PROOF.unpack(receive(sock, _PROOF.size, deadline))
     if not hmac.compare_digest(theirs, token.mac(b"listener", hello, peer + nonce)):
+        with contextlib.suppress(OSError):
+            send(sock, deadline, bytes(32))  # proves nothing: the other log shall say why as well
         message = (
             f"connect: {address} proved another launch token; expected this process's. Give all "
             f"processes of a launch the same token, or Token.off() to all."

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from hwcore.diffusion.engines import mooncake_library
-from hwcore.diffusion.engines.handshake import Session, Welcome, accept
+from hwcore.diffusion.engines.handshake import Session, Welcome, accept, welcome
 from hwcore.diffusion.engines.host import HostEngine, Settings
 from hwcore.diffusion.engines.listener import Listener
 from hwcore.diffusion.engines.memory import HostMemory, check_pool_size
@@ -82,9 +82,9 @@ class MooncakeEngine(HostEngine):
         )
 
     def _serve(self, connection: socket.socket) -> None:
-        session = accept(connection, self._settings.token, self.name, self.id,
-                         lambda: (self._facts, []))  # fmt: skip
+        session = accept(connection, self._settings.token, self.name, self.id)
         with self._writer(session), Watch(connection) as watch:
+            welcome(connection, session, self._facts)
             watch.gone(-1)
             if not self._closed:
                 time.sleep(_LINGER_S)

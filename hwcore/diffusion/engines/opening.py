@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from hwcore._checks import check_instance, check_size
+from hwcore._checks import check_size
 from hwcore.activation import current_backend
 from hwcore.diffusion.engines.host import Settings
 from hwcore.diffusion.engines.mooncake import MooncakeEngine
@@ -75,7 +75,9 @@ def open_engine(
         If an argument is not as above.
     """
     where = "open_engine"
-    check_instance(where, "`token`", token, Token, "Token.create(), the launch's own")
+    if not isinstance(token, Token):  # its value is not for a traceback
+        got, fix = type(token).__name__, "Pass the launch's own, or Token.off()"
+        raise ArgumentTypeError(describe(where, "the type of `token`", got, "Token", fix))
     fix = "Pass how many connections to serve at a time"
     check_size(where, "`max_peers`", max_peers, 1, fix)
     check_size(where, "`size_bytes`", size_bytes, 1, "Pass the size of the pool in bytes")

@@ -18,7 +18,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hwcore.diffusion.engines.handshake import Reason, Refused, Welcome, accept, greet
+from hwcore.diffusion.engines.handshake import Reason, Refused, Welcome, accept, greet, welcome
 from hwcore.diffusion.engines.host import HostEngine, Settings
 from hwcore.diffusion.engines.listener import Listener
 from hwcore.diffusion.engines.memory import HostMemory, create_memfd, is_sealed
@@ -77,10 +77,9 @@ class ShmEngine(HostEngine):
         if uid != os.geteuid():
             detail = f"user {uid} connected, this is {os.geteuid()}"
             raise Refused(Reason.UID, detail)
-        facts = Welcome(self.size_bytes)
-        session = accept(connection, self._settings.token, self.name, self.id,
-                         lambda: (facts, [self._memfd]))  # fmt: skip
+        session = accept(connection, self._settings.token, self.name, self.id)
         with self._writer(session), Watch(connection, pid) as watch:
+            welcome(connection, session, Welcome(self.size_bytes), [self._memfd])
             watch.gone(-1)
 
     def _dialers(self) -> Mapping[str, Callable[[str, Deadline], HostPeer]]:
@@ -206,7 +205,7 @@ def _listening() -> tuple[Path, socket.socket]:
         path = folder / _SOCKET
         sock.bind(os.fspath(path))
         path.chmod(0o600)  # before it listens: no connection is taken in between
-        sock.listen()
+        sock.listen(socket.SOMAXCONN)
     except OSError as error:
         sock.close()
         if folder is not None:

@@ -23,7 +23,15 @@ from hwcore.diffusion.engines.frames import (
     answer,
     answered,
 )
-from hwcore.diffusion.engines.handshake import Reason, Refused, Session, Welcome, accept, greet
+from hwcore.diffusion.engines.handshake import (
+    Reason,
+    Refused,
+    Session,
+    Welcome,
+    accept,
+    greet,
+    welcome,
+)
 from hwcore.diffusion.engines.host import HostEngine, Settings
 from hwcore.diffusion.engines.listener import Listener
 from hwcore.diffusion.engines.memory import HostMemory, check_pool_size
@@ -71,9 +79,9 @@ class TcpEngine(HostEngine):
 
     def _serve(self, connection: socket.socket) -> None:
         _tune(connection)
-        facts = Welcome(self.size_bytes)
-        session = accept(connection, self._settings.token, self.name, self.id, lambda: (facts, []))
+        session = accept(connection, self._settings.token, self.name, self.id)
         with self._writer(session):
+            welcome(connection, session, Welcome(self.size_bytes))
             sequence = 0
             while self._take(connection, session.key, sequence):
                 sequence += 1
@@ -196,7 +204,7 @@ def listening(settings: Settings) -> tuple[socket.socket, str]:
             fix = "Pass allow_remote=True if the network is yours: writers are authenticated, but"
             fix += " nothing is encrypted"
             raise ArgumentValueError(describe("open_engine", what, host, expected, fix))
-        sock = socket.create_server((str(place[0]), 0), family=family, backlog=128)
+        sock = socket.create_server((str(place[0]), 0), family=family, backlog=socket.SOMAXCONN)
     except OSError as error:
         message = (
             f"tcp: the system said `{error}` of a socket at {host!r}; expected one that listens. "
