@@ -35,8 +35,8 @@ __all__ = ["MooncakeEngine", "MooncakePeer"]
 
 _log = logging.getLogger("hwcore")
 _BOUNCE_BYTES = 8 * 1024 * 1024
-_SPIN_S = 200e-6  # a small write is done before a sleep would be
-_SLEEP_S = 20e-6
+_SPIN_S = 2e-3  # a write of some MiB is done before a sleep would be, on busy cores
+_SLEEP_S = 50e-6
 _LINGER_S = 1.0
 """How long bytes of a dead writer may still be on their way in: they have their own connection."""
 
@@ -191,6 +191,7 @@ class MooncakePeer(HostPeer):
         spin_end = time.monotonic() + _SPIN_S
         while (landed := self._engine.library.landed(batch)) is None:
             if time.monotonic() < spin_end:
+                time.sleep(0)  # other threads may run
                 continue
             if self._closed:
                 raise self._lost(CUT_SHORT)

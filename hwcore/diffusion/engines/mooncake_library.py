@@ -102,7 +102,11 @@ class MooncakeLibrary:
             engine = module.TransferEngine()
             return engine, engine.initialize(host, "P2PHANDSHAKE", protocol, device)
 
-        self._engine, code = _without_inheriting(start)
+        before = _sockets()
+        with diverted():
+            self._engine, code = start()
+        for fd in _sockets() - before:  # its listeners, which programs started here would keep
+            os.set_inheritable(fd, False)
         if code:
             message = (
                 f"mooncake: initialize returned {code} for protocol {protocol!r} at {host!r}; "
@@ -136,10 +140,10 @@ class MooncakeLibrary:
 
         def probe() -> tuple[int, int]:
             code = self._engine.send_probe(segment)
-            # Opens the connection as well, which the first write would otherwise do.
+            # Fetches what the first write would otherwise wait for.
             return code, 0 if code else self._engine.get_first_buffer_address(segment)
 
-        code, address = _in_time(lambda: _without_inheriting(probe), deadline)
+        code, address = _in_time(probe, deadline)
         if code or not address:
             message = (
                 f"mooncake: {segment} answered the probe with {code}; expected a pool. See whether "
@@ -161,19 +165,6 @@ class MooncakeLibrary:
         """Stop its threads and sockets."""
         with diverted():
             del self._engine
-
-
-def _without_inheriting(call: Callable[[], Any]) -> Any:
-    """Call, diverted, and keep the sockets that it opened from programs started later."""
-    before = _sockets()
-    with diverted():
-        result = call()
-    for fd in _sockets() - before:
-        try:
-            os.set_inheritable(fd, False)
-        except OSError:  # closed meanwhile
-            continue
-    return result
 
 
 def _sockets() -> set[int]:

@@ -93,17 +93,17 @@ def test_a_fork_is_refused_where_it_would_hang(driver):
     assert driver.ask(write) is None
 
 
-def test_it_is_silent_and_leaves_programs_no_sockets(capfd):
+def test_it_is_silent_and_programs_do_not_inherit_its_listeners(capfd):
     process = Remote("mooncake", Token.create(), isolated=True)
     try:
-        assert process.ask(START) is None
-        process.ask("peer.write(torch.ones(9, dtype=torch.uint8), 0, 5)")
         inherited = process.ask(
             "[fd for fd in os.listdir('/proc/self/fd') if int(fd) > 2 and os.path.exists("
             "'/proc/self/fd/' + fd) and os.get_inheritable(int(fd)) and 'socket' in "
             "os.readlink('/proc/self/fd/' + fd)]"
         )
         assert inherited == []
+        assert process.ask(START) is None
+        assert process.ask("peer.write(torch.ones(9, dtype=torch.uint8), 0, 5)") is None
         process.ask("peer.close(), engine.close(), other.close()")
         process.tell("os._exit(0)")
         process.process.wait(20)

@@ -52,8 +52,10 @@ class TransferEngine:
     def transfer_submit_write(
         self, target_hostname, buffer, peer_buffer_address, length, transport_hint=""
     ) -> int:
-        start = next(start for start in self.known if start <= buffer)
-        assert buffer + length <= start + self.known[start], "the source is not registered"
+        assert any(
+            start <= buffer and buffer + length <= start + size
+            for start, size in self.known.items()
+        ), "the source is not registered"
         status = self.statuses.pop(0) if self.statuses else 1
         if status == "none":
             return 0

@@ -24,13 +24,11 @@ def test_the_first_that_works_is_taken(token, caplog):
     ]  # fmt: skip
     with open_engine(specs, 4096, token) as engine:
         assert engine.name == "tcp"
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [
-        "transfer engine pigeon is passed over: its name got 'pigeon'; expected one of shm, tcp, "
-        "mooncake. Leave it out of the specs.",
-        "transfer engine shm is passed over: `memory` of shm got 'device'; expected 'host': pools "
-        "are in host memory. Give a spec for host memory as well.",
-    ]
+    pigeon, shm = (record.getMessage() for record in caplog.records)
+    assert pigeon.startswith("transfer engine pigeon is passed over: its name got 'pigeon'; ")
+    assert pigeon.endswith("expected one of shm, tcp, mooncake. Leave it out of the specs.")
+    assert shm.startswith("transfer engine shm is passed over: `memory` of shm got 'device'; ")
+    assert shm.endswith("Give a spec for host memory as well.")
 
 
 def test_where_none_works_the_error_has_every_reason(token, monkeypatch):

@@ -1,4 +1,4 @@
-"""What every engine does: bytes of one process land in the pool of another, or an error says why."""
+"""What every engine does: bytes land in the pool of another process, or an error says why."""
 
 from __future__ import annotations
 
