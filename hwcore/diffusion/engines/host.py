@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hwcore.diffusion.engines.deadline import Deadline
 from hwcore.diffusion.engines.forks import check_process
@@ -79,14 +79,14 @@ class HostEngine(abc.ABC):
         state = ", closed" if self._closed else ""
         return f"<hwcore engine {self.name} {self.id} of {self.size_bytes} bytes{state}>"
 
-    def __enter__(self) -> HostEngine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
     ) -> None:
         self.close()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import TracebackType
 
     from torch import Tensor
 
@@ -44,6 +45,15 @@ class Engine(Protocol):
     def memory(self) -> Tensor: ...  # noqa: D102
     @property
     def dropped(self) -> Mapping[str, int]: ...  # noqa: D102
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None: ...
 
     def connect(self, address: str, timeout_s: float) -> Peer:
         """Return the pool of the engine at ``address``.
@@ -95,6 +105,15 @@ class Peer(Protocol):
     def alive(self) -> bool:
         """Whether it is connected, as far as is known here; a hung process is alive."""
         ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None: ...
 
     def fileno(self) -> int:
         """Return a descriptor that polls as readable once the peer is gone; -1 after close."""

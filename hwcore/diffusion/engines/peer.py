@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hwcore.diffusion.checksum import bytes_of
 from hwcore.diffusion.engines import forks
@@ -62,14 +62,14 @@ class HostPeer(abc.ABC):
     def __repr__(self) -> str:
         return f"<hwcore peer {self.id} at {self._address}, {self.size_bytes} bytes>"
 
-    def __enter__(self) -> HostPeer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
     ) -> None:
         self.close()
 
