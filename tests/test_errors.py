@@ -19,6 +19,8 @@ BUILTINS = {
     "ConsumeOnceError": RuntimeError,
     "ForkError": RuntimeError,
     "PeerError": ConnectionError,
+    "PeerRefusedError": PermissionError,
+    "PeerTimeoutError": TimeoutError,
     "PluginDefinitionError": TypeError,
     "PluginLoadError": ImportError,
     "PluginReturnError": ValueError,

@@ -68,7 +68,7 @@ def test_a_killed_peer_is_an_error_at_once(driver):
     name, message = driver.ask("[peer.write(engine.memory, 0, 30) for _ in range(10000)]")
     assert name == "PeerError"
     assert "expected the bytes to land" in message
-    assert driver.ask("peer.alive") is False
+    assert driver.ask("other.process.wait(10) and peer.alive") is False
     started = driver.ask("time.monotonic()")
     assert driver.ask("peer.write(engine.memory, 0, 30)")[0] == "PeerError"
     assert driver.ask("engine.connect(other.address, 5)")[0] == "PeerError"
