@@ -54,9 +54,8 @@ def load(package: str | None = None) -> Any:
             f"their files overwrite each other's. Uninstall all, then install the one to use."
         )
         raise CapabilityError(message)
-    # Its own name for each; what the user set comes first. Read once, when it is loaded.
+    # Its own name, read when it is loaded; what the user set comes first.
     os.environ.setdefault("MC_TCP_PROGRESS_TIMEOUT_SEC", str(PROGRESS_S))
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     try:
         with diverted():
             return importlib.import_module("mooncake.engine")

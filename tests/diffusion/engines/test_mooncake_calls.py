@@ -215,6 +215,18 @@ def test_a_writer_is_dead_only_when_its_last_bytes_must_have_come(pair, monkeypa
     assert within(5, lambda: receiver.writers() == {sender.id: False})
 
 
+def test_closing_in_a_forked_child_asks_nothing_of_the_library(pair):
+    sender, peer, receiver = pair
+    sender._pid += 1
+    peer._pid += 1
+    peer.close()
+    sender.close()
+    sender._pid -= 1
+    peer._pid -= 1
+    peer.write(torch.ones(3, dtype=torch.uint8), 0, 5)
+    assert receiver.memory.sum() == 3
+
+
 # --- Where it is not installed as it should be ----------------------------------------------------
 
 
@@ -231,7 +243,6 @@ def failing(monkeypatch, error):
 
     monkeypatch.setattr(importlib, "import_module", raises)
     monkeypatch.setenv("MC_TCP_PROGRESS_TIMEOUT_SEC", "5")
-    monkeypatch.setenv("MC_LOG_LEVEL", "ERROR")
 
 
 def test_two_packages_of_the_family_are_named(monkeypatch):
