@@ -35,7 +35,8 @@ __all__ = ["MooncakeEngine", "MooncakePeer"]
 
 _log = logging.getLogger("hwcore")
 _BOUNCE_BYTES = 8 * 1024 * 1024
-_SPIN_S = 2e-3  # a write of some MiB is done before a sleep would be, on busy cores
+_SPIN_S = 200e-6  # a small write is done before anything else would be
+_YIELD_S = 2e-3  # one of some MiB is done before a sleep would be, on busy cores
 _SLEEP_S = 50e-6
 _LINGER_S = 1.0
 """How long bytes of a dead writer may still be on their way in: they have their own connection."""
@@ -188,10 +189,12 @@ class MooncakePeer(HostPeer):
             raise
 
     def _poll(self, batch: int, deadline: Deadline) -> bool:
-        spin_end = time.monotonic() + _SPIN_S
+        started = time.monotonic()
         while (landed := self._engine.library.landed(batch)) is None:
-            if time.monotonic() < spin_end:
-                time.sleep(0)  # other threads may run
+            waited_s = time.monotonic() - started
+            if waited_s < _YIELD_S:
+                if waited_s > _SPIN_S:
+                    time.sleep(0)  # other threads may run
                 continue
             if self._closed:
                 raise self._lost(CUT_SHORT)
