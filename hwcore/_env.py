@@ -15,6 +15,8 @@ SANITIZE = "HWCORE_SANITIZE"
 PLAN_STREAM = "HWCORE_PLAN_STREAM"
 CAPTURE_BUDGET = "HWCORE_CAPTURE_BUDGET"
 CACHE = "HWCORE_CACHE"
+TOKEN_FD = "HWCORE_TOKEN_FD"
+TOKEN_FILE = "HWCORE_TOKEN_FILE"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 MEANINGS = {
@@ -25,6 +27,8 @@ MEANINGS = {
     PLAN_STREAM: "1 or 0: steps are prepared on a side stream, or not; empty: as the device says",
     CAPTURE_BUDGET: "how many graphs the process may hold; empty: the backend's default",
     CACHE: "where measured costs of draft trees are kept; empty: ~/.cache/hwcore",
+    TOKEN_FD: "inherited descriptor that holds the launch token of transfer engines",
+    TOKEN_FILE: "file of mode 0600 that holds the launch token of transfer engines",
     AUTOLOAD: "torch's own; 0: import torch loads no device extension",
 }
 

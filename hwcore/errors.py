@@ -21,6 +21,8 @@ __all__ = [
     "HwcoreError",
     "LeaseError",
     "PeerError",
+    "PeerRefusedError",
+    "PeerTimeoutError",
     "PluginDefinitionError",
     "PluginError",
     "PluginLoadError",
@@ -62,7 +64,15 @@ class ClosedError(HwcoreError, RuntimeError):
 
 
 class PeerError(HwcoreError, ConnectionError):
-    """Another process of a group did not take part in a collective: it is gone, or hangs."""
+    """Another process did not take part in a collective or a transfer: it is gone, or hangs."""
+
+
+class PeerTimeoutError(PeerError, TimeoutError):
+    """Another process did not answer before the deadline. It may be alive."""
+
+
+class PeerRefusedError(PeerError, PermissionError):
+    """Another process, or this one, did not accept who is at the other end."""
 
 
 class LeaseError(HwcoreError, LookupError):

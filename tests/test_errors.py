@@ -22,6 +22,8 @@ BUILTINS = {
     "ConsumeOnceError": RuntimeError,
     "ForkError": RuntimeError,
     "PeerError": ConnectionError,
+    "PeerRefusedError": PermissionError,
+    "PeerTimeoutError": TimeoutError,
     "PluginDefinitionError": TypeError,
     "PluginLoadError": ImportError,
     "PluginReturnError": ValueError,
