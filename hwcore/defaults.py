@@ -236,6 +236,6 @@ class Defaults:
             TransferEngineSpec(
                 name="mooncake",
                 protocol="tcp",
-                package="mooncake-transfer-engine",
+                package="hwcore[mooncake]",
             ),
         )
