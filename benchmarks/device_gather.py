@@ -167,7 +167,9 @@ def _copy(hw: Backend, clock: DeviceClock, bs: int, target: Target, quick: bool)
     gather = kernel(hw, gather_rows)
     times = interleaved(
         {
-            "ours": clock.on_device([partial(gather, flat, indices[n], out[n]) for n in range(calls)]),
+            "ours": clock.on_device(
+                [partial(gather, flat, indices[n], out[n]) for n in range(calls)]
+            ),
             "copy": clock.on_device([partial(out[n].copy_, pool[n]) for n in range(calls)]),
         },
         rounds,

@@ -84,7 +84,9 @@ def _measure(hw: Backend, size: int, rounds: int, batches: int) -> dict[str, flo
         for name, slot in _SLOTS.items()
     }
     lens = (7,) * size
-    with GraphRunner(forward, _SLOTS, [_BUCKET], backend=hw, static=static, progress=False) as runner:
+    with GraphRunner(
+        forward, _SLOTS, [_BUCKET], backend=hw, static=static, progress=False
+    ) as runner:
         runner.capture()
         graph = runner._set.graphs[_BUCKET].graph
         bare = getattr(graph, "native", None) or graph

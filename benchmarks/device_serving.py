@@ -152,7 +152,9 @@ def _serve(
     engine.run(requests)
     hw.synchronize()
     engine.close()
-    idle = sum(end.elapsed_time(begin) for (_, end), (begin, _) in zip(marks, marks[1:], strict=False))
+    idle = sum(
+        end.elapsed_time(begin) for (_, end), (begin, _) in zip(marks, marks[1:], strict=False)
+    )
     whole = marks[0][0].elapsed_time(marks[-1][1])
     timing = engine.timing
     return Run(

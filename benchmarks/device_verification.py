@@ -83,9 +83,7 @@ class Batch:
     def sample(self) -> VerifyResult:
         """Call what is measured."""
         coins, final = self.coins, self.final_coins
-        return verify_sampling(
-            self.tree, self.logits, self.params, coins=coins, final_coins=final
-        )
+        return verify_sampling(self.tree, self.logits, self.params, coins=coins, final_coins=final)
 
     def softmax_of_all(self) -> object:
         """Normalise every row, walk, and draw from one row of each request."""
