@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,8 +39,6 @@ _SLOTS = {
     "req_pool_indices": Slot(torch.int64, (BATCH,)),
     "mrope_positions": Slot(torch.int64, (3, TOKENS)),
 }
-
-Step = tuple["Callable[[], object]", "Callable[[object], object]"]
 
 
 def forward(
@@ -100,7 +98,7 @@ def _measure(hw: Backend, size: int, rounds: int, batches: int) -> dict[str, flo
                 slot.copy_(given)
             bare.replay()
 
-        steps: dict[str, Step] = {
+        steps: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
             "replay": (prepare, runner.replay),
             "bare": (prepare, lambda _: bare.replay()),
             "whole step": (lambda: None, lambda _: runner.replay(runner.prepare(inputs, lens))),
@@ -112,8 +110,8 @@ def _measure(hw: Backend, size: int, rounds: int, batches: int) -> dict[str, flo
 
 def _timer(
     hw: Backend,
-    before: Callable[[], object],
-    call: Callable[[object], object],
+    before: Callable[[], Any],
+    call: Callable[[Any], object],
     batches: int,
 ) -> Callable[[], float]:
     """Return a measurement: the median of some calls, each after what is not measured."""

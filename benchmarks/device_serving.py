@@ -10,6 +10,7 @@ device stands idle between two steps is measured beside it, by events around eac
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from functools import partial
 from types import SimpleNamespace
@@ -152,9 +153,7 @@ def _serve(
     engine.run(requests)
     hw.synchronize()
     engine.close()
-    idle = sum(
-        end.elapsed_time(begin) for (_, end), (begin, _) in zip(marks, marks[1:], strict=False)
-    )
+    idle = sum(end.elapsed_time(begin) for (_, end), (begin, _) in itertools.pairwise(marks))
     whole = marks[0][0].elapsed_time(marks[-1][1])
     timing = engine.timing
     return Run(
@@ -178,7 +177,7 @@ def _watch(hw: Backend, engine: Engine) -> list[tuple[Event, Event]]:
         marks.append((begin, end))
         return step
 
-    engine.worker.submit = submit  # type: ignore[method-assign]
+    engine.worker.submit = submit  # type: ignore[method-assign, assignment]
     return marks
 
 
@@ -212,7 +211,7 @@ def _llama(config: Any, hw: Backend, context: int) -> Llama:
 
 
 def _matrix(rows: int, columns: int) -> torch.Tensor:
-    return torch.randn(rows, columns) * columns**-0.5
+    return torch.randn(rows, columns).mul_(columns**-0.5)
 
 
 def _drafting(config: Any, llama: Llama) -> dict[str, Callable[[KVPool], Drafting]]:

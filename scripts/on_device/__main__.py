@@ -2,8 +2,8 @@
 
 One step after another, each in a process of its own with a time limit; a step that fails keeps none
 from running. The page is written after each, so that a run that is cut short leaves what it has.
-``make test-gpu`` and ``make bench-gpu`` call it. Exit status: 0 every step passed, or ran; 1 one failed;
-2 the backend cannot run here; 3 none failed, but one was not run.
+``make test-gpu`` and ``make bench-gpu`` call it. Exit status: 0 every step passed, or ran; 1 one
+failed; 2 the backend cannot run here; 3 none failed, but one was not run.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ def main(arguments: list[str]) -> int:
     steps = plans.steps_of(options.kind, options.backend, options.quick)
     names = [step.name for step in steps]
     if unknown := set(options.only or names) - set(names):
-        parser.error(
-            f"--only got {', '.join(sorted(unknown))}; expected some of {', '.join(names)}"
-        )
+        got = ", ".join(sorted(unknown))
+        parser.error(f"--only got {got}; expected some of {', '.join(names)}")
     file = options.results / f"{options.backend}-{options.kind}.md"
     results = [Result(step, "not run") for step in steps]
     if options.empty:

@@ -49,16 +49,13 @@ def page(
         f"# {kind.capitalize()} on `{backend}`",
         "",
         f"Written by `{command}`; do not edit. [README.md](README.md) says how to read it.",
-        "" if about else nothing,
+        "" if about else f"\n{nothing}`{command}` fills it.\n",
         *_table(["", ""], [[name, (about or {}).get(name, NOTHING)] for name in facts.NAMES]),
     ]
     if kind == "benchmarks":
         lines += _targets(plans.targets(), rows)
-    lines += [
-        "## Steps",
-        "",
-        *_table(["step", "outcome", "counts", "s", "command"], _steps(results)),
-    ]
+    heads = ["step", "outcome", "counts", "s", "command"]
+    lines += ["## Steps", "", *_table(heads, _steps(results))]
     if rows:
         lines += ["## Medians", "", *_medians(rows)]
     return "\n".join(lines).rstrip() + "\n"

@@ -77,7 +77,7 @@ def benchmarks(backend: str, quick: bool = False) -> list[Step]:
 
 
 def _bench(step: Step) -> Step:
-    """Return a step of which status 1 says that a target was missed, and that the rows are there."""
+    """Return a step whose status 1 says that a target was missed; its rows are there."""
     return dataclasses.replace(step, fine=(0, 1), done="ran")
 
 

@@ -168,10 +168,10 @@ def kit_counts(file: pathlib.Path) -> str:
     report: dict[str, Any] = json.loads(file.read_bytes())
     if report["error"]:
         raise ValueError(report["error"])
-    totals = [sum(group[part] for group in report["groups"]) for part in ("passed", "failed")]
+    parts = ("passed", "failed", "skipped")
+    passed, failed, skipped = (sum(g[part] for g in report["groups"]) for part in parts)
     features = [f"{f['name']} {len(f['tests'])}" for f in report["features_skipped"]]
-    skipped = sum(group["skipped"] for group in report["groups"])
-    return _counts(*totals, skipped) + (f" ({', '.join(features)})" if features else "")
+    return _counts(passed, failed, skipped) + (f" ({', '.join(features)})" if features else "")
 
 
 def _counts(passed: int, failed: int, skipped: int) -> str:
