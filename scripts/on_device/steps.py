@@ -101,8 +101,8 @@ def run(step: Step, out: pathlib.Path) -> Result:
         return Result(step, "not run", reason)
     file, log = out / f"{step.name}.result", out / f"{step.name}.log"
     file.unlink(missing_ok=True)
-    places = {"out": str(out), "result": str(file)}
-    command = [sys.executable, *(part.format(**places) for part in step.command)]
+    command = [sys.executable]
+    command += [p.replace("{out}", str(out)).replace("{result}", str(file)) for p in step.command]
     began = time.monotonic()
     with log.open("wb") as output:
         status = _wait(command, step, output)
