@@ -8,7 +8,7 @@ whose calls touch different memory, more of it than a cache holds.
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,7 +94,7 @@ def _ways(hw: Backend, hidden: int, bs: int, reasons: dict[str, str]) -> dict[st
     ways: dict[str, Way] = {"ours": lambda: gather(rows, indices, out), "eager": eager}
     policy = hw.compile_policy(CompileRequest("gather", dynamic=True))
     if policy.enabled:
-        compiled = hwcore.compile(_four, dynamic=True, backend=hw)
+        compiled = _compiled(hw)
         ways["compiled"] = lambda: compiled(indices, *buffers)
     else:
         reasons["compiled"] = f"torch.compile is off on `{hw.info.name}`: {policy.reason}"
@@ -112,6 +112,11 @@ def _ways(hw: Backend, hidden: int, bs: int, reasons: dict[str, str]) -> dict[st
     return ways
 
 
+@cache  # one for all batch sizes, as an engine has it
+def _compiled(hw: Backend) -> Callable[..., object]:
+    return hwcore.compile(_four, dynamic=True, backend=hw)
+
+
 def _drawn(count: int, device: torch.device) -> Tensor:
     order = torch.randperm(POOL, generator=torch.Generator().manual_seed(count))
     return order[:count].to(device)
@@ -123,6 +128,7 @@ def _four(
     return a[indices], b[indices], c[indices], d[indices]
 
 
+@cache
 def single_tensor_gather() -> Callable[[Tensor, Tensor, Tensor], None]:
     """Return a gather of rows of one tensor, launched as barely as Triton can be."""
     import triton

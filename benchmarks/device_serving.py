@@ -91,7 +91,7 @@ def run(quick: bool = False) -> list[Row]:
     count, requests, bucket, rounds = (6, 3, 2, 1) if quick else (64, 16, 8, 5)
     config = SimpleNamespace(**SHAPE | (QUICK if quick else {}))
     context = 48 + count + 16
-    with torch.inference_mode():
+    with torch.no_grad():
         llama = _llama(config, hw, context)
         drafting = _drafting(config, llama)
     found: dict[tuple[str, str], list[Run]] = {}

@@ -116,8 +116,9 @@ def test_the_json_has_each_row_and_no_number_that_is_none(on_device, tmp_path):
     assert json.loads(file.read_text()) == {"toy": "needs an accelerator"}
 
 
-def test_a_target_that_is_not_measured_is_not_reached():
-    row = measurement.Target("a number", 1.0).not_measured("no Triton")
+@pytest.mark.parametrize("target", [1.0, None])
+def test_what_is_not_measured_is_neither_reached_nor_missed(target):
+    row = measurement.Target("a number", target).not_measured("no Triton")
     assert math.isnan(row.value)
     assert (row.reached, row.missed, row.figure) == (False, False, "not measured")
     assert row.as_simulated() == row
