@@ -26,12 +26,12 @@ def tests(backend: str) -> list[Step]:
     pytest = ("-m", "pytest", "--backend", backend, "--junitxml", "{result}")
     kit = ("-m", "hwcore.cli", "conformance", "--backend", backend, "--json", "{result}")
     demo = ("-m", "examples.serving", "--short", "--out")
-    same = ("--same-as", "{out}/cpu/tokens.json")
+    same = ("--same-as", "{out}/serving-on-cpu/tokens.json")
     own = pathlib.Path("plugins", backend, "tests")
     plugin = [str(own)] if (ROOT / own).is_dir() else []
     on_cpu = Step(
         "serving-on-cpu",
-        (*demo, "{out}/cpu"),
+        (*demo, "{own}"),
         _QUICK_S,
         missing=lambda out: _no_model(),
         environ={"HWCORE_BACKEND": "cpu"},
@@ -43,7 +43,7 @@ def tests(backend: str) -> list[Step]:
         on_cpu,
         Step(
             "serving",
-            (*demo, f"{{out}}/{backend}", *same),
+            (*demo, "{own}", *same),
             _QUICK_S,
             missing=lambda out: _no_model() or _no_tokens(out),
             environ={"HWCORE_BACKEND": backend},
@@ -106,7 +106,7 @@ def _no_model() -> str:
 
 
 def _no_tokens(out: pathlib.Path) -> str:
-    file = out / "cpu/tokens.json"
+    file = out / "serving-on-cpu/tokens.json"
     try:
         json.loads(file.read_bytes())
     except (OSError, ValueError):

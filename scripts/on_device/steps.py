@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ class Step:
     name : str
     command : tuple of str
         What follows ``python``. ``{out}`` stands for the folder of the run's results, ``{result}``
-        for this step's own file there.
+        and ``{own}`` for this step's own file and folder there, which begin empty.
     limit_s : float
     counts : callable
         Reads the step's file; says in words what was counted.
@@ -77,7 +78,8 @@ class Step:
         variables = [f"{name}={value}" for name, value in self.environ.items()]
         own = {"--json", "--junitxml", "{result}"}
         parts = [f"'{part}'" if " " in part else part for part in self.command if part not in own]
-        return " ".join([*variables, "python", *parts]).replace("{out}", "build")
+        text = " ".join([*variables, "python", *parts])
+        return text.replace("{out}", "build").replace("{own}", f"build/{self.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +101,14 @@ def run(step: Step, out: pathlib.Path) -> Result:
     out.mkdir(parents=True, exist_ok=True)
     if reason := step.missing(out):
         return Result(step, "not run", reason)
-    file, log = out / f"{step.name}.result", out / f"{step.name}.log"
+    file, log, own = (out / f"{step.name}{end}" for end in (".result", ".log", ""))
+    # What an earlier run left is not this one's.
     file.unlink(missing_ok=True)
+    shutil.rmtree(own, ignore_errors=True)
     command = [sys.executable]
-    command += [p.replace("{out}", str(out)).replace("{result}", str(file)) for p in step.command]
+    for part in step.command:
+        placed = part.replace("{out}", str(out)).replace("{own}", str(own))
+        command.append(placed.replace("{result}", str(file)))
     began = time.monotonic()
     with log.open("wb") as output:
         status = _wait(command, step, output)

@@ -91,9 +91,24 @@ def test_one_that_ends_well_and_leaves_no_result_has_failed(tmp_path):
     assert "exit status 0; no result: FileNotFoundError" in done.counts
 
 
-def test_the_result_of_an_earlier_run_is_not_taken_for_its_own(tmp_path):
+def test_the_results_of_an_earlier_run_are_not_taken_for_its_own(tmp_path):
     (tmp_path / "a.result").write_text(json.dumps({"toy": [{"not_measured": ""}]}))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/tokens.json").write_text("[1]")
     assert run(step(counts=bench_counts), tmp_path).outcome == "failed"
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_device_serves_only_what_the_cpu_has_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "_no_model", lambda: "")
+    on_cpu, serving = (s for s in plans.tests("acme") if s.name.startswith("serving"))
+    assert serving.missing(tmp_path) == "the cpu gave no tokens to compare with"
+    (tmp_path / on_cpu.name).mkdir()
+    (tmp_path / on_cpu.name / "tokens.json").write_text("{}")
+    assert serving.missing(tmp_path) == ""
+    assert f"{{out}}/{on_cpu.name}/tokens.json" in serving.command
+    monkeypatch.setattr(plans, "_no_model", lambda: "no model")
+    assert on_cpu.missing(tmp_path) == serving.missing(tmp_path) == "no model"
 
 
 def test_one_that_could_measure_nothing_is_not_run(tmp_path):
