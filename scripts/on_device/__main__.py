@@ -45,9 +45,15 @@ def main(arguments: list[str]) -> int:
     if options.empty:
         file.write_text(page(options.kind, options.backend, None, results))
         return 0
-    about = _about(options.backend, options.commit)
+    commit = options.commit or facts.commit()
+    if not commit:
+        parser.error(
+            "this is no git repository; pass --commit, which a figure means nothing without"
+        )
+    about = _about(options.backend)
     if about is None:
         return 2
+    about |= {"commit": commit, "date": facts.today()}
     if options.quick:
         about["date"] += "; with --quick, so that no figure is one to quote"
     out = (options.build / options.backend).resolve()
@@ -73,8 +79,8 @@ def main(arguments: list[str]) -> int:
     return 3 if "not run" in outcomes else 0
 
 
-def _about(backend: str, commit: str | None) -> dict[str, str] | None:
-    """Return the page's header, or None where the backend cannot run here, which is said."""
+def _about(backend: str) -> dict[str, str] | None:
+    """Return facts for the page; None where the backend cannot run here, which is said."""
     command = [sys.executable, "-m", "scripts.on_device.facts", backend]
     try:
         done = subprocess.run(
@@ -87,7 +93,7 @@ def _about(backend: str, commit: str | None) -> dict[str, str] | None:
         print(done.stderr.strip(), file=sys.stderr)
         return None
     known: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
-    return known | {"commit": commit or facts.commit(), "date": facts.today()}
+    return known
 
 
 if __name__ == "__main__":

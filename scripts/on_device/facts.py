@@ -97,12 +97,15 @@ def _version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of this checkout, and whether files differ from it, results apart."""
+    """Return the commit of this checkout, and whether files differ from it, results apart.
+
+    Empty where there is no repository.
+    """
     try:
         head = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":!docs/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown: no git repository"
+        return ""
     return f"{head}{', with changes that are not in it' if changed else ''}"
 
 

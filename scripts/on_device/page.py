@@ -49,7 +49,8 @@ def page(
         f"# {kind.capitalize()} on `{backend}`",
         "",
         f"Written by `{command}`; do not edit. [README.md](README.md) says how to read it.",
-        "" if about else f"\n{nothing}`{command}` fills it.\n",
+        "",
+        *([] if about else [f"{nothing}`{command}` fills it.", ""]),
         *_table(["", ""], [[name, (about or {}).get(name, NOTHING)] for name in facts.NAMES]),
     ]
     if kind == "benchmarks":
