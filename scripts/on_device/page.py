@@ -42,15 +42,13 @@ def page(
         Of benchmarks: what :func:`rows_of` returned.
     """
     command = f"make {_MAKE[kind]} GPU={backend}"
-    nothing = (
-        f"\n**Nothing was measured yet.** On a machine with the device, `{command}` fills it.\n"
-    )
+    nothing = f"**Nothing was measured yet.** On a machine with the device, `{command}` fills it."
     lines = [
         f"# {kind.capitalize()} on `{backend}`",
         "",
         f"Written by `{command}`; do not edit. [README.md](README.md) says how to read it.",
         "",
-        *([] if about else [f"{nothing}`{command}` fills it.", ""]),
+        *([] if about else [nothing, ""]),
         *_table(["", ""], [[name, (about or {}).get(name, NOTHING)] for name in facts.NAMES]),
     ]
     if kind == "benchmarks":
