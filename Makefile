@@ -6,6 +6,9 @@ VENV     ?= .venv
 BACKENDS ?= cpu sim
 # Plugins whose own tests run on the simulated device, under their device's name.
 ON_SIM   ?= npu
+# The backend of a real device, and a Python that has the torch for it.
+GPU        ?= cuda
+GPU_PYTHON ?= python3
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
@@ -13,7 +16,7 @@ STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 .PHONY: demo demo-short test test-triton compile-triton triton triton-table lint conformance support \
-	contract wheel bench clean
+	contract wheel bench gpu-wheels gpu-env test-gpu bench-gpu empty-results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +28,8 @@ help:
 	@echo "make contract  compare what a plugin calls with its vendor's real package, without a device"
 	@echo "make wheel  build the wheel, install it in a fresh venv and use it from there"
 	@echo "make bench  run every benchmark"
+	@echo "make test-gpu, make bench-gpu  everything on a real device, GPU=$(GPU), into docs/results;"
+	@echo "            without a network, once make gpu-wheels was run where there is one"
 
 # The stamp is rewritten whenever what is to be installed has changed.
 $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
@@ -164,6 +169,60 @@ wheel: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/hwcore bench
+
+# --- On a real device -----------------------------------------------------------------------------
+
+# What the device's machine gets by file: it may have no network. For its Python, not for this one.
+GPU_PYTHON_VERSION ?= 3.12
+GPU_WHEELS := build/wheels
+GPU_ENV    := build/gpu
+GPU_STAMP  := $(GPU_ENV)/.installed$(subst /,-,-$(GPU_PYTHON))
+GPU_PIP    := $(GPU_ENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	--no-index --no-deps
+# pip takes a tag by its letters, not by what it stands for.
+TAGS := $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64 \
+	1_x86_64)
+
+gpu-wheels:
+	@echo "==> wheels for Python $(GPU_PYTHON_VERSION) on x86-64 Linux into $(GPU_WHEELS)"
+	@rm -rf $(GPU_WHEELS)
+	@$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+		--only-binary :all: --python-version $(GPU_PYTHON_VERSION) $(TAGS) \
+		--constraint constraints.txt --requirement gpu-requirements.txt --dest $(GPU_WHEELS)
+	@du -sh $(GPU_WHEELS)
+
+# Over the device's own torch, Triton and numpy, wherever that Python has them; a Python that is
+# itself of a virtual environment has them there, which --system-site-packages does not see.
+$(GPU_STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt gpu-requirements.txt
+	@echo "==> virtual environment in $(GPU_ENV), over the torch of $(GPU_PYTHON)"
+	@$(GPU_PYTHON) scripts/gpu_python.py
+	@rm -rf $(GPU_ENV) && $(GPU_PYTHON) -m venv --system-site-packages $(GPU_ENV)
+	@$(GPU_ENV)/bin/python -c 'import pathlib, sys, sysconfig; \
+		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text( \
+			f"import site; site.addsitedir({sys.argv[1]!r})")' \
+		"$$($(GPU_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@if test -d $(GPU_WHEELS); then $(GPU_PIP) --find-links $(GPU_WHEELS) \
+		--constraint constraints.txt --requirement gpu-requirements.txt || { \
+		version=$$($(GPU_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		echo "$(GPU_WHEELS) does not suit $(GPU_PYTHON): run make gpu-wheels" \
+			"GPU_PYTHON_VERSION=$$version where there is a network"; exit 1; }; fi
+	@$(GPU_ENV)/bin/python scripts/gpu_python.py gpu-requirements.txt
+	@$(GPU_PIP) --no-build-isolation --editable . $(PLUGINS:%=--editable %)
+	@touch $@
+
+gpu-env: $(GPU_STAMP)
+
+test-gpu: gpu-env
+	@$(GPU_ENV)/bin/python -m scripts.on_device tests --backend $(GPU) $(ON_DEVICE)
+
+bench-gpu: gpu-env
+	@$(GPU_ENV)/bin/python -m scripts.on_device benchmarks --backend $(GPU) $(ON_DEVICE)
+
+# For a change of the pages or the targets, as long as nothing was measured.
+empty-results: $(STAMP)
+	@for gpu in cuda hip; do for kind in tests benchmarks; do \
+		$(BIN)/python -m scripts.on_device $$kind --backend $$gpu --empty || exit 1; \
+	done; done
 
 clean:
 	rm -rf $(VENV) dist build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

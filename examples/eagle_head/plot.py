@@ -1,11 +1,12 @@
-"""The course of a training run as pictures."""
+"""The course of a training run as pictures.
+
+matplotlib is imported where it draws: what is tested on a device's machine does without.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING
-
-from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 def draw(log: Path, picture: Path) -> None:
     """Draw loss and held-out agreement, as a run's log has them, over the tokens seen."""
+    from matplotlib.figure import Figure
+
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, agreement = figure.subplots(1, 2)
@@ -42,6 +45,8 @@ def accept_lengths(evaluation: Path, picture: Path, tokens: int, every: int) -> 
     An export's folder ends with that number; other heads are left out, and what was evaluated with
     other ``tokens`` and ``every``, or for speed. Of several lines of a head the last counts.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lines = [json.loads(line) for line in evaluation.read_text().splitlines()]

@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-for _package in ("transformers", "gguf", "accelerate", "matplotlib"):
+for _package in ("transformers", "gguf", "accelerate"):
     if importlib.util.find_spec(_package) is None:
         _message = f"examples.serving needs {_package}: pip install 'hwcore[demo]'"
         raise ImportError(_message)

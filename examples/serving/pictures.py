@@ -20,6 +20,24 @@ _COLORS = ("#8a8a8a", "#e0912f", "#7fb3dc", "#1f6fb4")  # plain, and ways in the
 _ACCEPTED = "#2f8f4e"
 
 
+def draw(
+    folder: Path,
+    greedy: Sequence[Outcome],
+    sampled: Sequence[Outcome],
+    costs: Mapping[str, Mapping[int, float]],
+    tokenizer: Any,
+) -> str:
+    """Draw every picture into a folder; return Markdown that shows them."""
+    speeds(folder / "speculation.png", greedy, costs)
+    accepted(folder / "accepted.png", greedy, sampled)
+    return f"""\
+![tokens per second, cost of a step by tree size](speculation.png)
+
+![how many drafts were accepted](accepted.png)
+
+{tree(folder / "tree.png", greedy, tokenizer)}"""
+
+
 def speeds(
     path: Path, outcomes: Sequence[Outcome], costs: Mapping[str, Mapping[int, float]]
 ) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hwcore
-from examples.serving import pictures
 from examples.serving.compare import PLAIN
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ def write(
 ) -> Path:
     """Write ``report.md`` and its pictures to ``folder``; return the report's path.
 
+    Where matplotlib is not installed, the report says so in the pictures' place.
+
     Parameters
     ----------
     greedy, sampled : sequence of Outcome
@@ -52,9 +53,12 @@ def write(
         Goes to the report's end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures.speeds(folder / "speculation.png", greedy, costs)
-    pictures.accepted(folder / "accepted.png", greedy, sampled)
-    drawn = pictures.tree(folder / "tree.png", greedy, tokenizer)
+    try:
+        from examples.serving import pictures
+    except ImportError as error:
+        drawn = f"*(no pictures: {error}; `pip install matplotlib`)*"
+    else:
+        drawn = pictures.draw(folder, greedy, sampled, costs, tokenizer)
     plain = greedy[0].runs[PLAIN]
     report = folder / "report.md"
     report.write_text(
@@ -85,10 +89,6 @@ same tokens: they are distributed as plain sampling's, which `tests/examples` te
 first end-of-text; what follows it is no answer. *ratio*: decoding speed over plain decoding, \
 median of the ratios of the *rounds*, which lie far apart where something else used the machine; \
 *with prefill*: of the whole answer. *tree sizes*: nodes x steps, all rounds.
-
-![tokens per second, cost of a step by tree size](speculation.png)
-
-![how many drafts were accepted](accepted.png)
 
 {drawn}
 

@@ -40,6 +40,16 @@ def load(say: Callable[[str], None]) -> tuple[Any, Mapping[str, torch.Tensor], A
     return config, weights, transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def missing() -> str:
+    """Say what :func:`load` lacks, and how to bring it; empty where it lacks nothing."""
+    if not (cache_folder() / _FOLDER).is_dir():
+        try:
+            _gguf_folder()
+        except FileNotFoundError as error:
+            return str(error)
+    return ""
+
+
 def _convert(folder: Path, say: Callable[[str], None]) -> None:
     """Write config, weights and tokenizer to ``folder``, which appears whole or not at all."""
     source = _gguf_folder()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
+import math
 import pathlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["bench"]
+from hwcore.cli.measurement import NotMeasuredError
+
+if TYPE_CHECKING:
+    from hwcore.cli.measurement import Row
+
+__all__ = ["bench", "load"]
 
 
 def folder() -> pathlib.Path:
@@ -28,10 +37,19 @@ def _subjects() -> list[str]:
 @click.command()
 @click.argument("subjects", nargs=-1, metavar="[SUBJECT]...")
 @click.option("--quick", is_flag=True, help="Fewer rounds: to see that it runs, not to quote.")
-def bench(subjects: tuple[str, ...], quick: bool) -> None:
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=pathlib.Path),
+    help="Write the rows of each subject as JSON.",
+)
+def bench(subjects: tuple[str, ...], quick: bool, json_file: pathlib.Path | None) -> None:
     """Run the benchmarks of SUBJECTs, or all of them.
 
-    Exit status: 0 every target was reached; 1 one was missed.
+    Those named device_* measure the selected backend's device; where it is no accelerator they say
+    so, and count neither as reached nor as missed.
+
+    Exit status: 0 no target was missed; 1 one was.
     """
     known = _subjects()
     for subject in subjects:
@@ -39,27 +57,52 @@ def bench(subjects: tuple[str, ...], quick: bool) -> None:
             message = f"`SUBJECT` got {subject!r}; expected one of {', '.join(known) or 'none'}."
             raise click.BadParameter(message)
     console = Console(highlight=False)
-    missed = 0
-    for subject in subjects or known:
-        module = _load(subject)
-        console.print(f"[bold]{subject}[/]: {(module.__doc__ or '').strip().splitlines()[0]}")
-        rows = module.run(quick=quick)
-        table = Table("subject", "figure", "target", "medians")
-        for row in rows:
-            sign = "≤" if row.at_most else "≥"
-            style = "green" if row.reached else "bold red"
-            table.add_row(
-                row.what,
-                f"[{style}]{row.value:.3g} {row.unit}[/]",
-                "none" if row.target is None else f"{sign} {row.target:g} {row.unit}",
-                row.detail,
-            )
-        console.print(table)
-        missed += sum(not row.reached for row in rows)
+    found = {subject: _run(subject, quick, console) for subject in subjects or known}
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1, default=_plain))
+    missed = any(row.missed for rows in found.values() if not isinstance(rows, str) for row in rows)
     raise SystemExit(1 if missed else 0)
 
 
-def _load(subject: str) -> Any:
+def _run(subject: str, quick: bool, console: Console) -> list[Row] | str:
+    """Run a subject and print its table; return its rows, or why there are none."""
+    module = load(subject)
+    console.print(f"[bold]{subject}[/]: {(module.__doc__ or '').strip().splitlines()[0]}")
+    rows: list[Row]
+    try:
+        if getattr(module, "ON_DEVICE", False):
+            from hwcore.cli import device_clock  # with torch, which other subjects may do without
+
+            hw = device_clock.accelerator()
+            console.print(f"on `{hw.info.name}`")
+            rows = module.run(quick=quick)
+            if device_clock.simulated(hw):
+                rows = [row.as_simulated() for row in rows]
+        else:
+            rows = module.run(quick=quick)
+    except NotMeasuredError as error:
+        console.print(f"[yellow]not measured[/]: {escape(str(error))}")
+        return str(error)
+    table = Table("subject", "figure", "target", "medians")
+    for row in rows:
+        style = "yellow" if row.not_measured else "green" if row.reached else "bold red"
+        table.add_row(
+            row.what,
+            f"[{style}]{row.figure}[/]",
+            row.wanted,
+            escape(row.not_measured or row.detail),
+        )
+    console.print(table)
+    return rows
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """Return a row for JSON, which has no number that is none."""
+    fields = dataclasses.asdict(row)
+    return fields | {"value": None if math.isnan(row.value) else row.value}
+
+
+def load(subject: str) -> Any:
     """Import a benchmark by its path: in the wheel its folder has another name."""
     spec = importlib.util.spec_from_file_location(
         f"hwcore_benchmark_{subject}", folder() / f"{subject}.py"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import statistics
 import timeit
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Row", "interleaved", "nanoseconds", "statements"]
+__all__ = ["NotMeasuredError", "Row", "Target", "interleaved", "nanoseconds", "statements"]
+
+
+class NotMeasuredError(Exception):
+    """Raised by a subject that cannot be measured here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Row:
         True: at most ``target``; False: at least.
     detail : str
         The medians behind the figure.
+    not_measured : str
+        Why there is no figure; empty where there is one.
     """
 
     what: str
@@ -44,13 +51,65 @@ class Row:
     target: float | None
     at_most: bool
     detail: str
+    not_measured: str = ""
 
     @property
     def reached(self) -> bool:
         """Whether the figure meets its target."""
+        if self.not_measured:
+            return False
         if self.target is None:
             return True
         return self.value <= self.target if self.at_most else self.value >= self.target
+
+    @property
+    def missed(self) -> bool:
+        """Whether there is a figure, and it does not meet its target."""
+        return not (self.not_measured or self.reached)
+
+    def as_simulated(self) -> Row:
+        """Return the line of a device that is simulated: its figure is none."""
+        if self.not_measured:
+            return self
+        reason = f"simulated, which says nothing of any device: {self.figure} ({self.detail})"
+        return dataclasses.replace(self, value=math.nan, not_measured=reason)
+
+    @property
+    def figure(self) -> str:
+        """The figure with its unit, as text."""
+        return "not measured" if self.not_measured else f"{self.value:.3g} {self.unit}"
+
+    @property
+    def wanted(self) -> str:
+        """The target as text."""
+        sign = "≤" if self.at_most else "≥"
+        return "none" if self.target is None else f"{sign} {self.target:g} {self.unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A line of a benchmark's table before it is measured; of a subject's ``TARGETS``.
+
+    Attributes
+    ----------
+    what, unit, at_most
+        As in :class:`Row`.
+    value : float or None
+        The row's ``target``.
+    """
+
+    what: str
+    value: float | None
+    unit: str = "x"
+    at_most: bool = True
+
+    def row(self, value: float, detail: str) -> Row:
+        """Return the line with its figure."""
+        return Row(self.what, value, self.unit, self.value, self.at_most, detail)
+
+    def not_measured(self, reason: str) -> Row:
+        """Return the line without a figure, and why."""
+        return Row(self.what, math.nan, self.unit, self.value, self.at_most, "", reason)
 
 
 def interleaved(

@@ -1,8 +1,11 @@
+import importlib.util
 import itertools
+import sys
 
 import pytest
 import torch
 
+from examples import serving
 from examples.serving import sizing
 from examples.serving.compare import PLAIN, Outcome, compare, top_two
 from examples.serving.decode import Answer, decode
@@ -14,6 +17,7 @@ from examples.serving.step import Sampling, plain_step, tree_step
 from hwcore.speculative import TreeSizer
 
 VOCAB = 19
+DRAWN = importlib.util.find_spec("matplotlib") is not None  # not where a device is tested
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +226,8 @@ def test_comparison_and_report(hw, head, tiny, tmp_path):
     assert "| first | 12 | 20 | plain | 1.00 |" in text
     assert "| EAGLE tree | 8 | 1500.0 | 1.50 |" in text
     assert f"backend `{hw.info.name}`" in text
-    assert "(tree.png)" in text
-    for picture in ("speculation.png", "accepted.png", "tree.png"):
+    for picture in ("speculation.png", "accepted.png", "tree.png") if DRAWN else ():
+        assert f"({picture})" in text
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
     outcomes[1].runs["lookup"][1].tokens[7] += 1
@@ -250,4 +254,14 @@ def test_the_report_says_where_speculation_does_not_pay(hw, tmp_path):
     assert "**lookup** pays (ratio at least 1.05): copied (2.00x)." in text
     assert "Does **not** pay: invented (0.80x, 75% of its steps plain)." in text
     assert "| | | | lookup | 1.00 | 0.8 | **0.80** | 0.80 to 0.80 | 0.83 | 1x3, 4x1 |" in text
-    assert "no tree with branches was verified" in text
+    assert ("no tree with branches was verified" in text) == DRAWN
+
+
+def test_without_the_library_of_pictures_the_report_says_so(hw, tmp_path, monkeypatch):
+    monkeypatch.delattr(serving, "pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "examples.serving.pictures", None)
+    plain = Outcome("text", [1, 2], 0.0, {PLAIN: [Answer([3] * 5, 1.0, 4.0, [1] * 4, [1] * 4)]})
+    text = write(tmp_path, [plain], [plain], {}, Letters()).read_text(encoding="utf-8")
+    assert "*(no pictures: " in text
+    assert ".png" not in text
+    assert "| text | 2 | 5 | plain |" in text

