@@ -61,9 +61,11 @@ demo-short: $(STAMP)
 			--out demo/$$backend --same-as demo/cpu/tokens.json || exit 1; \
 	done
 
-# One process a backend, one a plugin on the simulated device, and one for the tests whose children
-# choose their backends, side by side: much of the time goes into children that start torch. Each
-# one's output comes when it is done.
+# Two processes a backend, one a plugin on the simulated device, and one for what no device is in,
+# side by side: much of the time goes into children that start torch. Each one's output comes when
+# it is done.
+APART := tests/graphs tests/speculative
+
 test: $(STAMP)
 	@for backend in $(BACKENDS); do \
 		HWCORE_BACKEND=$$backend $(BIN)/python -c 'import hwcore; hwcore.current_backend()' \
@@ -71,8 +73,8 @@ test: $(STAMP)
 	done  # a backend may have something to build at its first use
 	@echo "==> tests on $(BACKENDS), side by side; each reports when it is done"
 	@$(MAKE) --no-print-directory --output-sync=target --keep-going \
-		--jobs $(words $(BACKENDS) children) $(BACKENDS:%=test-%) $(ON_SIM:%=test-on-sim-%) \
-		test-children
+		--jobs $(words $(BACKENDS) children) test-children $(BACKENDS:%=test-apart-%) \
+		$(BACKENDS:%=test-%) $(ON_SIM:%=test-on-sim-%)
 
 # Side by side each gets its share of the cores: torch's threads spin while they wait for others.
 SHARE = $(shell $(PYTHON) -c 'import os, sys; \
@@ -81,12 +83,17 @@ SHARE = $(shell $(PYTHON) -c 'import os, sys; \
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest
 
 test-children: $(STAMP)
-	@echo "==> tests of processes that choose their backends"
+	@echo "==> tests of the host alone, and of processes that choose their backends"
 	@$(PYTEST) --backend cpu -m children tests
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(PYTEST) --backend $* -m 'not children and not interpreter' tests $(wildcard plugins/$*/tests)
+	@$(PYTEST) --backend $* -m 'not children and not interpreter' $(APART:%=--ignore %) tests \
+		$(wildcard plugins/$*/tests)
+
+test-apart-%: $(STAMP)
+	@echo "==> tests of $(APART) on backend $*"
+	@$(PYTEST) --backend $* -m 'not children and not interpreter' $(APART)
 
 # Triton must be told of its interpreter before it is imported: a process of their own.
 test-triton: $(STAMP)

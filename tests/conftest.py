@@ -46,9 +46,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def once(request):
-    """For tests of child processes that choose their backends: a run for cpu has them."""
+    """For tests of the host alone, or of children that choose their backends: a run for cpu's."""
     if request.config.getoption("backend") != "cpu":
-        pytest.skip("its processes choose their backends themselves; a run for cpu holds it")
+        pytest.skip("of the host alone, or its processes choose their backends; see a run for cpu")
 
 
 def pytest_collection_modifyitems(items):

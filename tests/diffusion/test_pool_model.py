@@ -60,13 +60,15 @@ class Pool(stateful.RuleBasedStateMachine):
 
     @stateful.rule(target=leases, size=sizes)
     def allocate(self, size):
-        taken = self.taken()
+        taken, leaving = self.taken(), self.pool.stats().freed_leases
         try:
             lease = self.pool.allocate(size, timeout_s=0)
         except AllocationTimeoutError:
-            self.hw.synchronize()  # so that nothing but what the model knows is in the way
-            assert not self.fits(size)
-            return stateful.multiple()
+            self.hw.synchronize()  # now nothing but what the model knows is in the way
+            if not self.fits(size):
+                return stateful.multiple()
+            assert leaving, "there was room at once"
+            lease = self.pool.allocate(size, timeout_s=0)
         end = lease.offset + lease.size_bytes
         assert all(end <= a or b <= lease.offset for a, b in taken if size)
         assert bytes(lease) not in self.freed

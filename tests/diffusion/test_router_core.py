@@ -34,6 +34,8 @@ from hwcore.errors import PeerError
 
 from ._world import Faults, World
 
+pytestmark = pytest.mark.usefixtures("once")  # numbers and messages: there is no device in it
+
 
 def served(world, count=1, until=100.0, **options):
     for number in range(count):

@@ -13,6 +13,11 @@ from hwcore.types import TransferEngineSpec
 from ._remote import Remote
 
 
+@pytest.fixture(autouse=True)
+def _of_the_host_alone(once):
+    """A pool is memory of the host: no test here has a device."""
+
+
 @pytest.fixture
 def token():
     return Token.create()
