@@ -21,7 +21,7 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
 help:
 	@echo "make demo   decode and serve a real model in every way, write demo/report.md"
-	@echo "make test   run every test on every backend present ($(BACKENDS)), one process each"
+	@echo "make test   run every test on every backend present ($(BACKENDS)), two processes each"
 	@echo "make triton Triton kernels in its interpreter, and compiled for devices that are not here"
 	@echo "make lint   ruff, mypy --strict, device names"
 	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"

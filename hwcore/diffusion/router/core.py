@@ -463,7 +463,7 @@ class RouterCore:
 
     def _give_back(self, request: Request, now: float) -> None:
         """Take a request off workers and lists."""
-        if request.state is State.QUEUED and request in self._queue:
+        if request.state is State.QUEUED:
             self._queue.remove(request)
         if request.state is State.COMPUTED:
             self._waiting[request.stages[request.stage + 1]].remove(request)
