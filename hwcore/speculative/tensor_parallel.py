@@ -7,16 +7,13 @@ collective hangs or mixes what does not belong together. So the results of one r
 
 from __future__ import annotations
 
-import datetime
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
 
-from hwcore._checks import is_number
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, CaptureError, PeerError, describe
+from hwcore._collectives import GroupBroadcast
+from hwcore.errors import CaptureError
 from hwcore.speculative.verify import VerifyResult
 
 if TYPE_CHECKING:
@@ -56,21 +53,13 @@ class ResultBroadcast:
     """
 
     def __init__(self, group: ProcessGroup, backend: Backend, timeout_s: float = 60.0) -> None:
-        where, what, fix = "EagleVerifyWorker", "timeout_s", "Pass seconds, such as 60.0"
-        if not is_number(timeout_s):
-            raise ArgumentTypeError(describe(where, what, timeout_s, "a number", fix))
-        if not 0 < timeout_s < math.inf:
-            expected = "a finite number above 0"
-            raise ArgumentValueError(describe(where, what, timeout_s, expected, fix))
-        self._group, self._hw = group, backend
-        self._timeout = datetime.timedelta(seconds=timeout_s)
-        self._source = distributed.get_global_rank(group, 0)
-        self.is_source = distributed.get_rank(group) == 0
+        self._hw = backend
+        self._broadcast = GroupBroadcast(
+            group, backend.info.device_type, timeout_s, "ResultBroadcast"
+        )
+        self.is_source = self._broadcast.is_source
         self.host_syncs = 0
-        device_type = backend.info.device_type
-        name = _library(group, device_type)
-        self._waits = name == "gloo"  # its collectives are the host's
-        self._staged = self._waits and device_type != "cpu"
+        self._staged = self._broadcast.staged
         if self._staged:
             _log.warning(
                 "hwcore: backend `%s`: results of tensor-parallel ranks go through the host, which "
@@ -115,21 +104,6 @@ class ResultBroadcast:
             return result
         return _unpacked(packed.to(device), sizes, (bs, width))
 
-    def _broadcast(self, packed: Tensor) -> None:
-        try:
-            work = distributed.broadcast(packed, self._source, self._group, async_op=True)
-            # The host waits only where the work is the host's; else the current stream does.
-            work.wait(self._timeout) if self._waits else work.wait()
-        except (RuntimeError, ValueError) as error:
-            role = "sending to" if self.is_source else "waiting for rank 0 of"
-            message = (
-                f"ResultBroadcast: {role} its group, rank {distributed.get_rank(self._group)} got "
-                f"{error!r}; expected every rank to take part in each step, within "
-                f"{self._timeout.total_seconds():g} s. Look for the rank that ended first, and "
-                f"start all of them again."
-            )
-            raise PeerError(message) from error
-
 
 def _unpacked(packed: Tensor, sizes: Sequence[int], form: tuple[int, int]) -> VerifyResult:
     predict, index, lens, bonus, status = packed.split_with_sizes(list(sizes))
@@ -141,10 +115,3 @@ def _unpacked(packed: Tensor, sizes: Sequence[int], form: tuple[int, int]) -> Ve
         bonus_tokens=bonus,
         status=status.to(int32),
     )
-
-
-def _library(group: ProcessGroup, device_type: str) -> str:
-    """Return what a group uses for tensors of a device; the host's where it has nothing."""
-    config = str(distributed.get_backend_config(group))  # such as "cpu:gloo,mtia:xccl", or "gloo"
-    known = dict(part.split(":", 1) for part in config.split(",") if ":" in part)
-    return known.get(device_type) or known.get("cpu") or str(distributed.get_backend(group))

@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
+from hwcore import _collectives
 from hwcore.errors import CaptureError
-from hwcore.speculative import TreeMaskMode, build_tree, tensor_parallel, verify_greedy
+from hwcore.speculative import TreeMaskMode, build_tree, verify_greedy
 from hwcore.speculative.tensor_parallel import ResultBroadcast
 
 RANK = pathlib.Path(__file__).with_name("_rank.py")
@@ -125,7 +126,7 @@ class Library:
     def __init__(self, hw, monkeypatch, rank, truth=None):
         self.hw, self.truth, self.sent = hw, truth, None
         self.stream = hw.create_stream()
-        monkeypatch.setattr(tensor_parallel, "_library", lambda group, device_type: "acme")
+        monkeypatch.setattr(_collectives, "_library", lambda group, device_type: "acme")
         monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
         monkeypatch.setattr(torch.distributed, "broadcast", self.broadcast)
 
