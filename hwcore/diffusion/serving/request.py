@@ -158,12 +158,13 @@ def schedule_for(template: object, request: DiffusionRequest, device: torch.devi
         options["num_inference_steps"] = request.num_inference_steps
     elif not named:
         return schedule  # nothing to be set
-    unknown = [name for name in options if name not in accepted]
-    if unknown or (chosen is None and request.num_inference_steps is None):
-        got = ", ".join(unknown or named)
+    unset = [name for name in options if name not in accepted]
+    unset += named if not options.keys() - {"mu"} else []
+    if unset:
+        what, got = f"`{unset[0]}` of the request", getattr(request, unset[0])
         expected = f"what {type(schedule).__name__}.set_timesteps takes: {', '.join(accepted)}"
         fix = "Leave it out of the request, or serve it with a schedule that knows it"
-        raise ArgumentValueError(describe("schedule_for", "the request's", got, expected, fix))
+        raise ArgumentValueError(describe("schedule_for", what, got, expected, fix))
     schedule.set_timesteps(device=device, **options)
     request.timesteps = schedule.timesteps
     return schedule

@@ -1,0 +1,75 @@
+"""What a worker knows of its jobs, and what it tells of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+__all__ = ["BUSY", "Job", "Phase", "Span"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What was done for a request, and when.
+
+    Attributes
+    ----------
+    request_id, worker : str
+    kind : str
+        ``load``, ``compute``, ``stage`` or ``push``.
+    started, ended : float
+        Seconds of ``time.monotonic``, one clock for all processes of a machine.
+    size_bytes : int
+        Of the tensors; 0 where it is not known.
+    """
+
+    request_id: str
+    worker: str
+    kind: str
+    started: float
+    ended: float
+    size_bytes: int = 0
+
+
+class Phase(enum.Enum):
+    """Where a job is."""
+
+    LOADING = "its input is loaded"
+    READY = "waits for its turn"
+    COMPUTING = "is computed"
+    HELD = "its output waits for a place to go"
+    PUSHING = "its output is pushed"
+    SAID = "is over here"
+
+
+BUSY = (Phase.LOADING, Phase.COMPUTING, Phase.PUSHING)
+"""A thread is at it, and lets go of it where it is not wanted any more."""
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One request's stage on this worker.
+
+    Attributes
+    ----------
+    request_id : str
+    is_last : bool
+        Its output is the request's result.
+    deadline : float
+        Seconds of ``time.monotonic``.
+    prepared : object
+        What ``prepare`` made of the input.
+    phase, is_unwanted, output, since : Phase, bool, object, float
+        The worker's own.
+    """
+
+    number: int
+    request_id: str
+    is_last: bool
+    deadline: float
+    prepared: Any = None
+    phase: Phase = Phase.LOADING
+    is_unwanted: bool = False
+    output: Any = None
+    since: float = 0.0

@@ -1,0 +1,253 @@
+"""SchedulerDisaggMixin: what makes a role of a diffusion scheduler."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree
+
+from hwcore._checks import check_instance
+from hwcore.activation import current_backend
+from hwcore.diffusion.serving.config import WorkerConfig
+from hwcore.diffusion.serving.ranks import Command, RankGroup
+from hwcore.diffusion.serving.request import DiffusionRequest, schedule_for
+from hwcore.diffusion.serving.worker import RoleWorker
+from hwcore.errors import ClosedError, PeerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed import ProcessGroup
+
+    from hwcore.backend import Backend
+    from hwcore.diffusion.engines import Token
+    from hwcore.diffusion.enums import EnumRegistry
+    from hwcore.diffusion.serving.worker import Arrival, Job, Span
+    from hwcore.types import Event, Stream
+
+__all__ = ["SchedulerDisaggMixin"]
+
+_log = logging.getLogger("hwcore")
+_TURN_S = 0.5  # how soon the loop sees that it is to end, and says a word to the other ranks
+
+
+class SchedulerDisaggMixin:
+    """A scheduler that mixes this in serves one role of a disaggregated pipeline.
+
+    It overrides :meth:`disagg_compute`, calls :meth:`_init_disagg_state` once, and then runs
+    :meth:`_disagg_prefetch_event_loop` on the thread that computes. On a role of several ranks all
+    of them do so; rank 0 alone has a pool and talks to the router.
+
+    Attributes
+    ----------
+    disagg_schedule : object or None
+        The pipeline's noise schedule; every request gets a copy. None: the role needs none.
+
+    Notes
+    -----
+    The names are those of SGLang's mixin of the same name; what differs: a job that fails is told
+    to the router, and the loop goes on; the next input is loaded while this one is computed on any
+    role; all ranks learn that one of them failed.
+    """
+
+    disagg_schedule: Any = None
+
+    # --- What a scheduler overrides ---
+
+    def disagg_compute(self, request: DiffusionRequest) -> DiffusionRequest:
+        """Do the role's part of a request; return what is handed on.
+
+        Tensors of ``request`` are on the device; the current stream has waited for them. On the
+        host they are views of the pool: what is kept beyond the request keeps its memory.
+        """
+        message = f"{type(self).__name__} has to override disagg_compute"
+        raise NotImplementedError(message)
+
+    def _disagg_tree(self, request: DiffusionRequest, is_last: bool) -> Any:
+        """Return what is sent of a request; the last role sends the client its fields."""
+        return request.fields if is_last else request.to_tree()
+
+    def _build_disagg_req(self, request_id: str, tree: object) -> DiffusionRequest:
+        """Return the request that :meth:`_disagg_tree` made, with its generators."""
+        return DiffusionRequest.from_tree(request_id, tree, self._disagg_hw)
+
+    # --- Beginning and end ---
+
+    def _init_disagg_state(
+        self,
+        config: WorkerConfig,
+        token: Token,
+        *,
+        backend: Backend | None = None,
+        group: ProcessGroup | None = None,
+        enums: EnumRegistry | None = None,
+        on_span: Callable[[Span], None] | None = None,
+    ) -> None:
+        """Become a role; on rank 0, or the only one, open the pool and register with the router.
+
+        Parameters
+        ----------
+        config : WorkerConfig
+        token : Token
+            The launch's.
+        backend : Backend, optional
+            By default the process's own.
+        group : ProcessGroup, optional
+            The ranks that compute this role together.
+        enums : EnumRegistry, optional
+            The enums that requests may hold.
+        on_span : callable, optional
+            Called with each :class:`~hwcore.diffusion.serving.worker.Span`.
+        """
+        check_instance("_init_disagg_state", "config", config, WorkerConfig, "WorkerConfig()")
+        self._disagg_config, self._disagg_token = config, token
+        self._disagg_hw: Backend = backend or current_backend()
+        self._disagg_enums, self._disagg_on_span = enums, on_span
+        self._disagg_role = config.role
+        self._disagg_stopping = threading.Event()
+        self._disagg_ranks = (
+            RankGroup(group, self._disagg_hw, enums=enums) if group is not None else None
+        )
+        self._transfer_stream: Stream | None = None
+        self._disagg_worker: RoleWorker | None = None
+        if self._disagg_ranks is None or self._disagg_ranks.is_source:
+            self._init_disagg_transfer_manager()
+
+    def _init_disagg_transfer_manager(self) -> None:
+        """Open the pool, its engine and the stream that inputs are loaded on, and register."""
+        if self._disagg_hw.info.device_type != "cpu":
+            self._transfer_stream = self._disagg_hw.create_stream()
+        self._disagg_worker = RoleWorker(
+            self._disagg_config,
+            self._disagg_token,
+            self._prefetch_transfer_ready,
+            backend=self._disagg_hw,
+            enums=self._disagg_enums,
+            on_span=self._disagg_on_span,
+        )
+
+    def stop_disagg(self) -> None:
+        """Have the loop end after the request that it is at. From any thread, or a signal."""
+        self._disagg_stopping.set()
+
+    def _cleanup_disagg(self) -> None:
+        """Tell the other ranks that nothing comes any more, then close the worker."""
+        try:
+            if self._disagg_ranks is not None and self._disagg_ranks.is_source:
+                self._disagg_ranks.send(Command.STOP)
+        finally:
+            if self._disagg_worker is not None:
+                self._disagg_worker.close()
+
+    # --- Requests ---
+
+    def _prefetch_transfer_ready(self, arrival: Arrival) -> tuple[DiffusionRequest, Event | None]:
+        """Load an input and build its request, on the loading thread, while another is computed.
+
+        The noise schedule is left to the thread that computes: it is made from a template that the
+        request before may still be using.
+        """
+        tree, event = arrival.load(self._transfer_stream)
+        return self._build_disagg_req(arrival.request_id, tree), event
+
+    def _init_disagg_request_scheduler(self, request: DiffusionRequest) -> None:
+        """Give a request a noise schedule of its own, as its steps or sigmas say."""
+        if self.disagg_schedule is not None:
+            device = self._disagg_hw.device()
+            request.scheduler = schedule_for(self.disagg_schedule, request, device)
+
+    def _broadcast_req_to_all_ranks(self, request: DiffusionRequest) -> DiffusionRequest:
+        """Give every other rank of the role the request that rank 0 has; return it."""
+        if self._disagg_ranks is not None:
+            tree = {"id": request.request_id, "tree": self._disagg_tree(request, is_last=False)}
+            self._disagg_ranks.send(Command.COMPUTE, tree)
+        return request
+
+    # --- The loop ---
+
+    def _disagg_prefetch_event_loop(self) -> None:
+        """Compute what comes until :meth:`stop_disagg`, or until the router has drained this role.
+
+        Raises
+        ------
+        PeerError
+            If a rank of the role is gone: the others cannot compute without it.
+        """
+        try:
+            if self._disagg_worker is None:
+                self._disagg_follow()
+            else:
+                self._disagg_lead(self._disagg_worker)
+        except PeerError:
+            self._disagg_ranks = None  # there is nobody to say goodbye to
+            raise
+        finally:
+            self._cleanup_disagg()
+
+    def _disagg_lead(self, worker: RoleWorker) -> None:
+        while not self._disagg_stopping.is_set() and not worker.is_drained:
+            try:
+                job = worker.next(_TURN_S)
+            except ClosedError:
+                return
+            if job is not None:
+                try:
+                    self._disagg_do(worker, job)
+                except PeerError as error:
+                    worker.fail(job, error)
+                    raise
+            elif self._disagg_ranks is not None:
+                self._disagg_ranks.send(Command.WAIT)
+
+    def _disagg_do(self, worker: RoleWorker, job: Job) -> None:
+        """Compute one job on all ranks, and say how it went."""
+        request, event = job.prepared
+        self._disagg_take_over(request, event)
+        self._broadcast_req_to_all_ranks(request)
+        output, failure = self._disagg_compute_guarded(request, job.is_last)
+        if self._disagg_ranks is not None and self._disagg_ranks.any_failed(failure is not None):
+            failure = failure or RuntimeError("another rank of the role failed; see its log")
+        if failure is not None:
+            worker.fail(job, failure)
+            return
+        try:
+            worker.finish(job, output)
+        except Exception as error:  # noqa: BLE001 - the router knows; the role goes on
+            _log.warning("%s: request %s: %s", self._disagg_config.name, job.request_id, error)
+
+    def _disagg_follow(self) -> None:
+        """Compute what rank 0 says."""
+        assert self._disagg_ranks is not None
+        while True:
+            command, tree = self._disagg_ranks.receive()
+            if command is Command.STOP:
+                return
+            if command is Command.COMPUTE:
+                request = self._build_disagg_req(tree["id"], tree["tree"])
+                _, failure = self._disagg_compute_guarded(request, is_last=False)
+                self._disagg_ranks.any_failed(failure is not None)
+
+    def _disagg_compute_guarded(
+        self, request: DiffusionRequest, is_last: bool
+    ) -> tuple[Any, Exception | None]:
+        """Compute; return what is to be sent, or what went wrong."""
+        try:
+            self._init_disagg_request_scheduler(request)
+            return self._disagg_tree(self.disagg_compute(request), is_last), None
+        except Exception as error:  # noqa: BLE001 - told to the router; the role goes on
+            name = self._disagg_config.name
+            _log.warning("%s: request %s failed", name, request.request_id, exc_info=True)
+            return None, error
+
+    def _disagg_take_over(self, request: DiffusionRequest, event: Event | None) -> None:
+        """Order the current stream after the load, and let it free what was loaded."""
+        if event is None or self._disagg_hw.info.device_type == "cpu":
+            return
+        stream = self._disagg_hw.current_stream()
+        self._disagg_hw.wait_event(event, stream)
+        for leaf in _pytree.tree_leaves(self._disagg_tree(request, is_last=False)):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_cpu:
+                self._disagg_hw.record_stream(leaf, stream)
