@@ -73,3 +73,8 @@ class Job:
     is_unwanted: bool = False
     output: Any = None
     since: float = 0.0
+
+    @property
+    def transfer_id(self) -> str:
+        """What its transfers are for: a request may be here twice, once given up."""
+        return f"{self.request_id} #{self.number}"

@@ -18,8 +18,6 @@ from hwcore.diffusion.serving.worker import RoleWorker
 from hwcore.errors import ClosedError, PeerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.distributed import ProcessGroup
 
     from hwcore.backend import Backend
@@ -45,6 +43,8 @@ class SchedulerDisaggMixin:
     ----------
     disagg_schedule : object or None
         The pipeline's noise schedule; every request gets a copy. None: the role needs none.
+    disagg_enums : EnumRegistry or None
+        The enums that requests may hold; the same on all roles and clients.
 
     Notes
     -----
@@ -54,6 +54,7 @@ class SchedulerDisaggMixin:
     """
 
     disagg_schedule: Any = None
+    disagg_enums: EnumRegistry | None = None
 
     # --- What a scheduler overrides ---
 
@@ -65,6 +66,9 @@ class SchedulerDisaggMixin:
         """
         message = f"{type(self).__name__} has to override disagg_compute"
         raise NotImplementedError(message)
+
+    def disagg_span(self, span: Span) -> None:
+        """Take note of what was done for a request, and when; on the thread that did it."""
 
     def _disagg_tree(self, request: DiffusionRequest, is_last: bool) -> Any:
         """Return what is sent of a request; the last role sends the client its fields."""
@@ -83,8 +87,6 @@ class SchedulerDisaggMixin:
         *,
         backend: Backend | None = None,
         group: ProcessGroup | None = None,
-        enums: EnumRegistry | None = None,
-        on_span: Callable[[Span], None] | None = None,
     ) -> None:
         """Become a role; on rank 0, or the only one, open the pool and register with the router.
 
@@ -97,19 +99,16 @@ class SchedulerDisaggMixin:
             By default the process's own.
         group : ProcessGroup, optional
             The ranks that compute this role together.
-        enums : EnumRegistry, optional
-            The enums that requests may hold.
-        on_span : callable, optional
-            Called with each :class:`~hwcore.diffusion.serving.worker.Span`.
         """
         check_instance("_init_disagg_state", "config", config, WorkerConfig, "WorkerConfig()")
         self._disagg_config, self._disagg_token = config, token
         self._disagg_hw: Backend = backend or current_backend()
-        self._disagg_enums, self._disagg_on_span = enums, on_span
         self._disagg_role = config.role
         self._disagg_stopping = threading.Event()
         self._disagg_ranks = (
-            RankGroup(group, self._disagg_hw, enums=enums) if group is not None else None
+            RankGroup(group, self._disagg_hw, enums=self.disagg_enums)
+            if group is not None
+            else None
         )
         self._transfer_stream: Stream | None = None
         self._disagg_worker: RoleWorker | None = None
@@ -125,9 +124,14 @@ class SchedulerDisaggMixin:
             self._disagg_token,
             self._prefetch_transfer_ready,
             backend=self._disagg_hw,
-            enums=self._disagg_enums,
-            on_span=self._disagg_on_span,
+            enums=self.disagg_enums,
+            on_span=self.disagg_span,
         )
+
+    def wait_registered(self, timeout_s: float) -> bool:
+        """Wait until the router knows this role; say whether it does. On rank 0."""
+        assert self._disagg_worker is not None
+        return self._disagg_worker.wait_registered(timeout_s)
 
     def stop_disagg(self) -> None:
         """Have the loop end after the request that it is at. From any thread, or a signal."""

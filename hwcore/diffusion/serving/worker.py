@@ -264,7 +264,7 @@ class RoleWorker:
         elif phase not in BUSY:
             self._let_go(job)
         elif phase is Phase.PUSHING:
-            self._manager.abort(job.request_id)
+            self._manager.abort(job.transfer_id, timeout_s=0.0)
 
     def _let_go(self, job: Job) -> None:
         with self._lock:
@@ -325,7 +325,7 @@ class RoleWorker:
         seal, failure, started = b"", "", time.monotonic()
         try:
             seal = self._manager.send_tensors(
-                job.request_id,
+                job.transfer_id,
                 job.output,
                 todo.address,
                 todo.slot,
