@@ -53,7 +53,7 @@ class _Member:
         try:
             self._scheduler._disagg_prefetch_event_loop()
             self._ended.set()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it was, nothing goes on here
             _log.exception("%s ends", self._order.name)
             os._exit(1)  # Ray starts it again
 

@@ -194,7 +194,7 @@ class LocalLauncher:
             environment[_env.TOKEN_FD] = str(self._token_fd)
         try:
             process.popen = subprocess.Popen(
-                [sys.executable, "-m", "hwcore.diffusion.launch.process", str(writer)],
+                [sys.executable, "-m", "hwcore.diffusion.launch", str(writer)],
                 stdin=subprocess.PIPE,
                 pass_fds=inherited,
                 env={**environment, **process.environment},

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Order", "main", "make_router", "make_scheduler"]
 
 _log = logging.getLogger("hwcore")
+_STDIN = 0
 _GRACE_S = 10.0  # for the request that it is at, once the launcher is gone
 
 
@@ -91,7 +91,7 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 def main(status_fd: int) -> None:
     """Be what the first line of the standard input says, until told to end."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=Order)
+    order = msgspec.json.decode(_read_line(), type=Order)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the launcher decides
     token = Token.from_environment() if order.has_token else Token.off()
     with open(status_fd, "w", buffering=1) as status:
@@ -129,7 +129,8 @@ def _end_with_launcher(end: Callable[[], object]) -> None:
     """Call ``end`` when the launcher closes the standard input, and insist after a while."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(_STDIN, 4096):
+            pass
         end()
         threading.Event().wait(_GRACE_S)
         _log.error("the launcher is gone, and this process did not end in %g s", _GRACE_S)
@@ -138,5 +139,16 @@ def _end_with_launcher(end: Callable[[], object]) -> None:
     threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+def _read_line() -> bytes:
+    """Return the first line of the standard input.
+
+    Not by `sys.stdin`: a thread that reads from it would keep the interpreter from ending.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(_STDIN, 65536)
+        if not part:
+            message = "the launcher is gone"
+            raise SystemExit(message)
+        line += part
+    return line

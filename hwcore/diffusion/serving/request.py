@@ -39,7 +39,7 @@ class DiffusionRequest:
     extra : dict of str to tree
         What an engine adds.
     generators : list of torch.Generator
-        Rebuilt at each role, at the point where the role before left them. Not sent.
+        Not sent; :meth:`restore_generators` makes them where the role before left them.
     scheduler : object
         The request's own noise schedule: two requests share none. Not sent.
     """
@@ -55,6 +55,7 @@ class DiffusionRequest:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     generators: list[torch.Generator] = dataclasses.field(default_factory=list, repr=False)
     scheduler: Any = dataclasses.field(default=None, repr=False)
+    _states: list[Any] = dataclasses.field(default_factory=list, repr=False)
 
     def to_tree(self) -> dict[str, Any]:
         """Return what is sent.
@@ -72,24 +73,17 @@ class DiffusionRequest:
             fix = "Set seeds and generators together"
             raise ArgumentValueError(describe("DiffusionRequest", what, got, expected, fix))
         tree = {name: getattr(self, name) for name in _SENT}
-        tree["states"] = [
+        tree["states"] = self._states or [
             _state(generator, seed)
             for generator, seed in zip(self.generators, self.seeds, strict=False)
         ]
         return tree
 
     @classmethod
-    def from_tree(
-        cls, request_id: str, tree: object, backend: Backend | None = None
-    ) -> DiffusionRequest:
-        """Return the request that :meth:`to_tree` made, with its generators.
+    def from_tree(cls, request_id: str, tree: object) -> DiffusionRequest:
+        """Return the request that :meth:`to_tree` made, without its generators.
 
-        Parameters
-        ----------
-        tree : object
-            From a peer.
-        backend : Backend, optional
-            For generators on the device; by default the process's own.
+        No tensor's values are looked at: they may not have come yet.
 
         Raises
         ------
@@ -102,24 +96,40 @@ class DiffusionRequest:
             raise _unlike(where, "the tree", tree, expected)
         request = cls(request_id, **{name: tree[name] for name in _SENT})
         _check_types(where, request, tree["states"])
-        states = tree["states"] or [None] * len(request.seeds)
-        for seed, state in zip(request.seeds, states, strict=True):
-            generator = _generator(request.noise_on_device, backend)
-            generator.manual_seed(seed)
-            if state is not None:
-                try:
-                    generator.set_state(state.cpu())
-                except (RuntimeError, TypeError) as error:
-                    expected = f"the state of a generator of {generator.device.type}"
-                    raise _unlike(where, "a state", state, expected) from error
-            request.generators.append(generator)
+        request._states = tree["states"]
         return request
 
-    def seed_generators(self, backend: Backend | None = None) -> None:
-        """Make one generator for each seed, at its beginning."""
-        self.generators = [
-            _generator(self.noise_on_device, backend).manual_seed(seed) for seed in self.seeds
-        ]
+    def restore_generators(self, backend: Backend | None = None) -> None:
+        """Make one generator for each seed, at the point where its state was taken.
+
+        Parameters
+        ----------
+        backend : Backend, optional
+            For generators on the device; by default the process's own.
+
+        Raises
+        ------
+        PeerError
+            If a state is none of such a generator.
+
+        Notes
+        -----
+        Host sync: a state that came to a device is read.
+        """
+        where, generators = "restore_generators", []
+        states, self._states = self._states, []
+        for seed, state in zip(self.seeds, states or [None] * len(self.seeds), strict=True):
+            generator = _generator(self.noise_on_device, backend)
+            generators.append(generator.manual_seed(seed))
+            if state is not None:
+                try:
+                    # In memory of its own: of a view, torch reads the storage from its beginning.
+                    generator.set_state(state.cpu().clone())
+                except (RuntimeError, TypeError) as error:
+                    got = f"{list(state.shape)} of {state.dtype}"
+                    expected = f"the state of a generator of {generator.device.type}"
+                    raise _unlike(where, "a state", got, expected) from error
+        self.generators = generators
 
 
 _SENT = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,8 +76,8 @@ class SchedulerDisaggMixin:
         return request.fields if is_last else request.to_tree()
 
     def _build_disagg_req(self, request_id: str, tree: object) -> DiffusionRequest:
-        """Return the request that :meth:`_disagg_tree` made, with its generators."""
-        return DiffusionRequest.from_tree(request_id, tree, self._disagg_hw)
+        """Return the request that :meth:`_disagg_tree` made; its tensors may not have come yet."""
+        return DiffusionRequest.from_tree(request_id, tree)
 
     # --- Beginning and end ---
 
@@ -158,7 +159,11 @@ class SchedulerDisaggMixin:
         return self._build_disagg_req(arrival.request_id, tree), event
 
     def _init_disagg_request_scheduler(self, request: DiffusionRequest) -> None:
-        """Give a request a noise schedule of its own, as its steps or sigmas say."""
+        """Give a request its generators, and a noise schedule as its steps or sigmas say.
+
+        On the thread that computes, when the input is there.
+        """
+        request.restore_generators(self._disagg_hw)
         if self.disagg_schedule is not None:
             device = self._disagg_hw.device()
             request.scheduler = schedule_for(self.disagg_schedule, request, device)
@@ -244,6 +249,8 @@ class SchedulerDisaggMixin:
         except Exception as error:  # noqa: BLE001 - told to the router; the role goes on
             name = self._disagg_config.name
             _log.warning("%s: request %s failed", name, request.request_id, exc_info=True)
+            # Whoever keeps the error, or its log record, does not keep the input's memory.
+            traceback.clear_frames(error.__traceback__)
             return None, error
 
     def _disagg_take_over(self, request: DiffusionRequest, event: Event | None) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hwcore.activation import current_backend
 from hwcore.diffusion.codec import pack_tensors, unpack_tensors
 from hwcore.diffusion.router.link import WorkerLink
-from hwcore.diffusion.router.worker_core import Compute, Drop, Restart, Transfer
+from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
 from hwcore.diffusion.serving.jobs import BUSY, Job, Phase, Span
 from hwcore.diffusion.serving.memory import close_manager, open_manager
 from hwcore.errors import ClosedError, HwcoreError, PeerError

@@ -21,7 +21,8 @@ def drawn(request):
 
 
 def test_seeds_become_generators_at_their_beginning(hw):
-    request = DiffusionRequest.from_tree("r", sent(DiffusionRequest("r", seeds=[7, 2**63])), hw)
+    request = DiffusionRequest.from_tree("r", sent(DiffusionRequest("r", seeds=[7, 2**63])))
+    request.restore_generators(hw)
     assert drawn(request) == [
         torch.randn(4, generator=torch.Generator().manual_seed(seed)).tolist()
         for seed in (7, 2**63)
@@ -30,15 +31,16 @@ def test_seeds_become_generators_at_their_beginning(hw):
 
 def test_a_generator_that_was_drawn_from_goes_on_where_it_was(hw):
     request = DiffusionRequest("r", seeds=[7, 8])
-    request.seed_generators(hw)
+    request.restore_generators(hw)
     torch.randn(100, generator=request.generators[1])
-    received = DiffusionRequest.from_tree("r", sent(request), hw)
+    received = DiffusionRequest.from_tree("r", sent(request))
+    received.restore_generators(hw)
     assert drawn(received) == drawn(request)
 
 
 def test_the_state_travels_only_where_the_seed_does_not_say_it():
     request = DiffusionRequest("r", seeds=[7, 8])
-    request.seed_generators()
+    request.restore_generators()
     torch.randn(1, generator=request.generators[0])
     first, second = request.to_tree()["states"]
     assert first is not None
@@ -47,9 +49,10 @@ def test_the_state_travels_only_where_the_seed_does_not_say_it():
 
 def test_generators_on_the_device_are_rebuilt_there(hw):
     request = DiffusionRequest("r", seeds=[7], noise_on_device=True)
-    request.seed_generators(hw)
+    request.restore_generators(hw)
     torch.randn(3, generator=request.generators[0], device=hw.device())
-    received = DiffusionRequest.from_tree("r", sent(request), hw)
+    received = DiffusionRequest.from_tree("r", sent(request))
+    received.restore_generators(hw)
     assert received.generators[0].device.type == hw.info.device_type
     ours, theirs = (
         torch.randn(3, generator=it.generators[0], device=hw.device()) for it in (request, received)
@@ -82,8 +85,6 @@ BAD = {
     "a number that is a bool": {"num_inference_steps": True},
     "states of another count": {"states": [None, None, None]},
     "a state of another type": {"seeds": [1], "states": [7]},
-    "a state of another size": {"seeds": [1], "states": [torch.zeros(3, dtype=torch.uint8)]},
-    "a state of another dtype": {"seeds": [1], "states": [torch.zeros(5056)]},
 }
 
 
@@ -98,6 +99,43 @@ def test_a_peers_tree_with_something_else_in_it_is_refused(what):
 def test_a_peers_tree_that_is_no_request_is_refused(tree):
     with pytest.raises(PeerError, match=r"expected a dict of fields, seeds, .* and states"):
         DiffusionRequest.from_tree("r", tree)
+
+
+STATES = {"size": torch.zeros(3, dtype=torch.uint8), "dtype": torch.zeros(5056)}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_of_another_kind_of_generator_is_refused(hw, what):
+    tree = DiffusionRequest("r", seeds=[1]).to_tree() | {"states": [STATES[what].to(hw.device())]}
+    request = DiffusionRequest.from_tree("r", tree)
+    with pytest.raises(PeerError, match="expected the state of a generator"):
+        request.restore_generators(hw)
+
+
+@pytest.mark.usefixtures("late")
+def test_a_state_on_a_device_is_read_when_it_has_come(hw):
+    request = DiffusionRequest("r", seeds=[7])
+    request.restore_generators(hw)
+    torch.randn(3, generator=request.generators[0])
+    tree = request.to_tree()
+    side = hw.create_stream()
+    with hw.stream_context(side):
+        tree["states"] = [state.to(hw.device(), non_blocking=True) for state in tree["states"]]
+    received = DiffusionRequest.from_tree("r", tree)
+    hw.wait_stream(hw.current_stream(), side)
+    received.restore_generators(hw)
+    assert drawn(received) == drawn(request)
+
+
+def test_a_request_that_is_only_passed_on_keeps_its_states():
+    request = DiffusionRequest("r", seeds=[7])
+    request.restore_generators()
+    torch.randn(3, generator=request.generators[0])
+    passed_on = DiffusionRequest.from_tree(
+        "r", sent(DiffusionRequest.from_tree("r", sent(request)))
+    )
+    passed_on.restore_generators()
+    assert drawn(passed_on) == drawn(request)
 
 
 class Schedule:
