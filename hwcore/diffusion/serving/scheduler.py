@@ -225,7 +225,8 @@ class SchedulerDisaggMixin:
         try:
             worker.finish(job, output)
         except Exception as error:  # noqa: BLE001 - the router knows; the role goes on
-            _log.warning("%s: request %s: %s", self._disagg_config.name, job.request_id, error)
+            name = self._disagg_config.name
+            _log.warning("%s: request %s: %s", name, job.request_id, str(error))
 
     def _disagg_follow(self) -> None:
         """Compute what rank 0 says."""
@@ -248,10 +249,10 @@ class SchedulerDisaggMixin:
             return self._disagg_tree(self.disagg_compute(request), is_last), None
         except Exception as error:  # noqa: BLE001 - told to the router; the role goes on
             name = self._disagg_config.name
-            _log.warning("%s: request %s failed", name, request.request_id, exc_info=True)
-            # Whoever keeps the error, or its log record, does not keep the input's memory.
-            traceback.clear_frames(error.__traceback__)
-            return None, error
+            # As text: whoever keeps the record does not keep the frames, and so the input's memory.
+            text = traceback.format_exc()
+            _log.warning("%s: request %s failed:\n%s", name, request.request_id, text)
+            return None, _without_frames(error)
 
     def _disagg_take_over(self, request: DiffusionRequest, event: Event | None) -> None:
         """Order the current stream after the load, and let it free what was loaded."""
@@ -262,3 +263,8 @@ class SchedulerDisaggMixin:
         for leaf in _pytree.tree_leaves(self._disagg_tree(request, is_last=False)):
             if isinstance(leaf, torch.Tensor) and not leaf.is_cpu:
                 self._disagg_hw.record_stream(leaf, stream)
+
+
+def _without_frames(error: Exception) -> Exception:
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)

@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from hwcore.activation import current_backend
@@ -228,6 +229,8 @@ class RoleWorker:
         self._pushes.shutdown(cancel_futures=True)
         self._link.close()
         with self._lock:
+            for job in self._jobs.values():  # what is left lies in the pool, or views it
+                job.phase, job.prepared, job.output = Phase.SAID, None, None
             self._jobs.clear()
         close_manager(self.config, self._manager)
 
@@ -286,7 +289,7 @@ class RoleWorker:
         try:
             prepared = self._prepare(Arrival(self, todo))
         except Exception as error:  # noqa: BLE001 - whatever it is, the router is to know
-            _log.warning("%s: request %s: %s", self.config.name, job.request_id, error)
+            _log.warning("%s: request %s: %s", self.config.name, job.request_id, str(error))
             self.fail(job, error)
             return
         finally:
@@ -333,9 +336,8 @@ class RoleWorker:
             )
         except Exception as error:  # noqa: BLE001 - the router waits for a word
             failure = f"{type(error).__name__}: {error}"
-            traceback = not isinstance(error, HwcoreError)
-            text = "%s: request %s was not pushed: %s"
-            _log.warning(text, self.config.name, job.request_id, error, exc_info=traceback)
+            text = failure if isinstance(error, HwcoreError) else traceback.format_exc()
+            _log.warning("%s: request %s was not pushed: %s", self.config.name, job.request_id, text)
         self._span(job.request_id, "push", started, todo.slot.size_bytes)
         with self._lock:
             unwanted, job.phase = job.is_unwanted, Phase.HELD

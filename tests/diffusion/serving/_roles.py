@@ -119,6 +119,11 @@ def make(**options):
     return Role(**options)
 
 
+def sleep():
+    """A factory that takes too long."""
+    time.sleep(600)
+
+
 # --- Dying at a point of the protocol -------------------------------------------------------------
 
 

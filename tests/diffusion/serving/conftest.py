@@ -1,7 +1,6 @@
 """A pipeline without a model, in processes or in threads of this one."""
 
 import contextlib
-import os
 import pathlib
 import sys
 import threading
@@ -9,41 +8,15 @@ import time
 
 import pytest
 
-HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE))  # `_roles`, as its processes import it
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # `_roles`, as its processes import it
 
-import _roles  # noqa: E402
-from hwcore.diffusion.router.client import RouterClient  # noqa: E402
-from hwcore.diffusion.router.server import Router  # noqa: E402
+import _roles
+from hwcore.diffusion.router.client import RouterClient
+from hwcore.diffusion.router.server import Router
 
-from hwcore.diffusion.engines import Token  # noqa: E402
-from hwcore.diffusion.launch import Deployment, RoleSpec  # noqa: E402
-from hwcore.diffusion.roles import PIPELINE  # noqa: E402
-from hwcore.diffusion.router.config import RouterConfig  # noqa: E402
-from hwcore.diffusion.serving.config import WorkerConfig  # noqa: E402
-
-WORKER = {"pool_bytes": 16 << 20, "slot_bytes": [1 << 16] * 4}
-
-
-def deployment(counts=(1, 1, 1), worker=(), backend="cpu", router=(), **options):
-    """Three roles, as many of each as `counts` says; the rest goes to each role."""
-    paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
-    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return Deployment(
-        roles=tuple(
-            RoleSpec(
-                role=role,
-                factory="_roles:make",
-                options={"role": role, **options},
-                count=count,
-                backend=backend,
-                environment=environment,
-                worker=WORKER | dict(worker),
-            )
-            for role, count in zip(PIPELINE, counts, strict=True)
-        ),
-        router=RouterConfig(**dict(router)),
-    )
+from hwcore.diffusion.engines import Token
+from hwcore.diffusion.roles import PIPELINE
+from hwcore.diffusion.serving.config import WorkerConfig
 
 
 class Served:
