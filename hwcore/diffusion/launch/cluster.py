@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import sys
@@ -31,6 +32,9 @@ __all__ = ["RayLauncher"]
 
 _log = logging.getLogger("hwcore")
 _ROUTER = "router"
+# Ray takes 127.0.0.1 as a node's address for the machine's own, unless it knows of no clusters.
+# Read when it is imported (ray._private.ray_constants, of Ray 2.60).
+_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 class _Member:
@@ -194,15 +198,21 @@ class RayLauncher:
     def _connect(self) -> None:
         if self._ray.is_initialized():
             return
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         specs = self.deployment.roles
         self._ray.init(
             num_cpus=max(1, int(sum(spec.cpus * spec.count for spec in specs))),
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             logging_level=logging.WARNING,
         )
         self._undo.callback(self._ray.shutdown)
+        address = self._ray.util.get_node_ip_address()
+        if not ipaddress.ip_address(address).is_loopback:
+            message = (
+                f"RayLauncher: Ray listens at {address}; expected 127.0.0.1. Set "
+                f"{_LOOPBACK[0]}={_LOOPBACK[1]} before ray is imported, or connect to a cluster by "
+                f"ray.init() first."
+            )
+            raise CapabilityError(message)
 
     def _start_all(self, metrics_port: int | None) -> None:
         deadline = time.monotonic() + self.deployment.ready_timeout_s
@@ -289,6 +299,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _import_ray() -> Any:
+    """Return Ray; where nobody has imported it yet, as one that keeps to itself."""
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault(*_LOOPBACK)
     try:
         import ray
     except ImportError as error:
