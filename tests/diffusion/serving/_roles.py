@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+import json
 import os
-import signal
+import threading
 import time
 from pathlib import Path
 
+import _points
 import torch
 
 from hwcore.diffusion import EnumRegistry
@@ -91,12 +93,35 @@ class Role(SchedulerDisaggMixin):
 
     disagg_enums = ENUMS
 
-    def __init__(self, role, seconds=0.0, plan=""):
+    def __init__(self, role, seconds=0.0, plan="", accounts=""):
         self.role, self.seconds = RoleType(role), seconds
         if self.role is RoleType.DENOISER:
             self.disagg_schedule = Schedule()
         if plan:
-            follow(Path(plan))
+            _points.follow(Path(plan), str(self.role))
+        if accounts:
+            threading.Thread(target=self.keep_accounts, args=(accounts,), daemon=True).start()
+
+    def keep_accounts(self, folder):
+        """Write down what this process holds, again and again."""
+        while True:
+            time.sleep(0.05)
+            worker = self._disagg_worker if hasattr(self, "_disagg_worker") else None
+            if worker is None:
+                continue
+            stats = worker._manager.stats()
+            pool = stats.pool
+            held = {
+                "jobs": len(worker._jobs),
+                "staged": stats.staged,
+                "running": stats.running,
+                "consumed": stats.consumed,
+                "leases that no slot has": pool.live_leases - stats.granted,
+                "freed but in use": pool.freed_leases,
+            }
+            path = Path(folder, worker.config.name)
+            path.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "held": held}))
+            path.with_suffix(".new").rename(path)
 
     def disagg_compute(self, request):
         if self.seconds:
@@ -122,50 +147,3 @@ def make(**options):
 def sleep():
     """A factory that takes too long."""
     time.sleep(600)
-
-
-# --- Dying at a point of the protocol -------------------------------------------------------------
-
-
-def follow(plan):
-    """Have this process kill itself where the file `plan` says: once, for it takes the file away.
-
-    The file holds a point, ``module:Class.method`` with ``<`` before the call or ``>`` after it.
-    """
-    import importlib
-
-    def watched(point, function):
-        def call(*arguments, **options):
-            die_at(plan, f"<{point}")
-            result = function(*arguments, **options)
-            die_at(plan, f">{point}")
-            return result
-
-        return call
-
-    for point in POINTS:
-        module, _, path = point.partition(":")
-        owner_name, _, method = path.partition(".")
-        owner = getattr(importlib.import_module(module), owner_name)
-        setattr(owner, method, watched(point, getattr(owner, method)))
-
-
-def die_at(plan, point):
-    """Kill this process, if it is the one that the plan is for and the point has come."""
-    try:
-        told = plan.read_text()
-    except OSError:
-        return
-    if told == point:
-        plan.unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-WORKER = "hwcore.diffusion.serving.worker:RoleWorker."
-CORE = "hwcore.diffusion.router.worker_core:WorkerCore."
-MANAGER = "hwcore.diffusion.transfer:DiffusionTransferManager."
-POINTS = (
-    *(WORKER + name for name in ("_take", "next", "finish", "_push", "_drop")),
-    *(CORE + name for name in ("_work", "_push", "_forget", "computed", "pushed", "dropped")),
-    *(MANAGER + name for name in ("grant", "load_tensors_async", "send_tensors", "finish")),
-)
