@@ -170,6 +170,8 @@ class Register(_Message, frozen=True):
         Higher at each registration of a process; a new process's is its own.
     address : str
         What the other workers' engines connect to.
+    engine : str
+        By which they know who connected to them: its id, 16 hexadecimal digits.
     capacity : int
         Jobs that it takes at a time, computing and waiting to be pushed.
     pool_bytes : int
@@ -179,6 +181,7 @@ class Register(_Message, frozen=True):
     role: RoleType
     epoch: Number
     address: Text
+    engine: Name
     capacity: Annotated[int, msgspec.Meta(ge=1, le=65536)]
     pool_bytes: Number
     slots: Annotated[list[Slot], msgspec.Meta(max_length=4096)] = []
@@ -328,13 +331,12 @@ class Release(_Message, frozen=True):
     Attributes
     ----------
     writer : str
-        The engine's address of a worker that may still write there because it died; empty if none
-        may.
+        The engine, by its id, of a worker that died and may still write there; empty if none may.
     """
 
     epoch: Number
     slot: Slot
-    writer: Text = ""
+    writer: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class Drain(_Message, frozen=True):

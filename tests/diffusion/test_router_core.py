@@ -383,7 +383,7 @@ def test_a_late_word_of_a_dead_worker_does_not_bring_it_back():
     world = World()
     world.run(1.0)
     process = world.processes["denoiser-0"]
-    register = Register(process.role, process.mind.epoch, process.address, 4, 1000)
+    register = Register(process.role, process.mind.epoch, process.address, process.engine, 4, 1000)
     process.kill()
     world.run(10.0)
     world.router.from_worker("denoiser-0", register, (), world.now)
@@ -397,12 +397,12 @@ def test_a_slot_that_both_sides_lost_sight_of_is_given_back():
     world.run(1.0)
     worker = world.router.workers.get("denoiser-0")
     slot = next(iter(worker.free.values()))
-    worker.retire(slot, "encoder-0/2")
+    worker.retire(slot, "00000000000000e2")
     world.router.from_worker(
         "denoiser-0", Heartbeat(worker.epoch, 1 << 40, [], [slot]), (), world.now
     )
     assert [sent.message for sent in world.router.take()] == [
-        Release(worker.epoch, slot, "encoder-0/2")
+        Release(worker.epoch, slot, "00000000000000e2")
     ], "whoever may still write there is named again"
     worker.heartbeat = 0
     world.processes["denoiser-0"].memory.free(slot, "")

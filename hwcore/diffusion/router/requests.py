@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
 
     from hwcore.diffusion.messages import Refused, Result, Slot
     from hwcore.diffusion.roles import RoleType
+    from hwcore.diffusion.router.config import RouterConfig
+    from hwcore.diffusion.router.outbox import Frames
     from hwcore.diffusion.router.workers import Worker
 
-__all__ = ["Answer", "Answers", "Frames", "Key", "Request", "State"]
+__all__ = ["Answer", "Answers", "Key", "Request", "State"]
 
-Frames = tuple[bytes, ...]
 Key = tuple[str, int]
 """A request's id and the client's attempt at it."""
 
@@ -37,6 +39,10 @@ class Request:
 
     Attributes
     ----------
+    since : float
+        When the state began.
+    begun : float
+        When the client asked.
     stages : tuple of RoleType
     stage : int
         The one that runs now.
@@ -52,8 +58,6 @@ class Request:
         Where the input lies; None where it is ``frames``.
     acknowledged : bool
         Whether the worker knows the job.
-    since : float
-        When the state began.
     progress : bool
         Whether its client wants to know.
     resend_at : float
@@ -68,6 +72,7 @@ class Request:
     deadline: float
     stages: tuple[RoleType, ...]
     since: float
+    begun: float
     progress: bool = False
     stage: int = 0
     round: int = 1
@@ -97,6 +102,19 @@ class Request:
     def enter(self, state: State, now: float) -> None:
         """Change the state."""
         self.state, self.since = state, now
+
+    def due(self, config: RouterConfig) -> float:
+        """Return when something is to be done that no message asks for."""
+        if self.state is State.OVER:
+            return math.inf
+        due = self.deadline
+        if self.state is State.RUNNING:
+            due = min(due, self.since + config.job_timeout_s)
+            if not self.acknowledged:
+                due = min(due, self.resend_at)
+        elif self.state is State.PUSHING:
+            due = min(due, self.since + config.push_timeout_s, self.resend_at)
+        return due
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +163,12 @@ class Answers:
         self._bytes += answer.size_bytes
         while self._bytes > self._keep_bytes or len(self._answers) > self._most:
             self._drop(next(iter(self._answers)))
+
+    @property
+    def due(self) -> float:
+        """When the next answer has been kept long enough."""
+        first = next(iter(self._answers.values()), None)
+        return math.inf if first is None else first.expires
 
     def expire(self, now: float) -> None:
         """Let go of what has been kept long enough."""

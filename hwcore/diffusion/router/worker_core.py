@@ -54,7 +54,10 @@ class Slots(Protocol):
         """Take a slot over for a job; say whether it is one that was granted and not given back."""
 
     def free(self, slot: Slot, writer: str) -> None:
-        """Give a slot back, at once or when ``writer`` can write no more. Twice is harmless."""
+        """Give a slot back, at once or when the engine ``writer`` can write no more.
+
+        Twice is harmless.
+        """
 
     def granted(self) -> list[Slot]:
         """Return the slots that hold no job."""
@@ -126,8 +129,8 @@ class WorkerCore:
     role : RoleType
     epoch : int
         Higher than at any time before under the worker's name.
-    address : str
-        Of its engine.
+    address, engine : str
+        Of its engine: how others reach it, and its id.
     capacity : int
     pool_bytes : int
     slots : Slots
@@ -140,12 +143,14 @@ class WorkerCore:
         role: RoleType,
         epoch: int,
         address: str,
+        engine: str,
         capacity: int,
         pool_bytes: int,
         slots: Slots,
         sizes: Sequence[int] = (),
     ) -> None:
-        self.role, self.epoch, self.address = role, epoch, address
+        self.role, self.epoch = role, epoch
+        self.address, self.engine = address, engine
         self.draining = False
         self._capacity, self._pool_bytes = capacity, pool_bytes
         self._slots = slots
@@ -184,8 +189,8 @@ class WorkerCore:
             return
         if self._heartbeat_s is None:
             self._due = now + 0.2
-            said = (self.role, self.epoch, self.address, self._capacity, self._pool_bytes)
-            self._send(Register(*said, self._slots.granted()))
+            place = (self.address, self.engine, self._capacity, self._pool_bytes)
+            self._send(Register(self.role, self.epoch, *place, self._slots.granted()))
             return
         self._due = now + self._heartbeat_s
         self._number += 1
@@ -235,9 +240,9 @@ class WorkerCore:
             self._abort(number)
         self._restart_if_idle()
 
-    def restarted(self, address: str, slots: Slots) -> None:
-        """Report the new pool and its address."""
-        self.address, self._slots = address, slots
+    def restarted(self, address: str, engine: str, slots: Slots) -> None:
+        """Report the new pool, and its engine."""
+        self.address, self.engine, self._slots = address, engine, slots
         self.epoch += 1
         self._heartbeat_s, self._due, self._number = None, 0.0, 0
         self._resetting = False
