@@ -26,7 +26,8 @@ from hwcore.diffusion.messages import (
 from hwcore.diffusion.roles import PIPELINE
 from hwcore.diffusion.router.config import RouterConfig
 from hwcore.diffusion.router.core import RouterCore
-from hwcore.diffusion.router.worker_core import Compute, Drop, Restart, Transfer, WorkerCore
+from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
+from hwcore.diffusion.router.worker_core import WorkerCore
 
 KINDS = {kind: kind for kind in (FromClient, FromRouter, FromWorker, ToClient)}
 

@@ -29,7 +29,7 @@ from hwcore.diffusion.messages import (
 )
 from hwcore.diffusion.roles import PIPELINE, RoleType
 from hwcore.diffusion.router.config import RouterConfig
-from hwcore.diffusion.router.worker_core import Compute, Restart
+from hwcore.diffusion.router.todo import Compute, Restart
 from hwcore.errors import PeerError
 
 from ._world import Faults, World

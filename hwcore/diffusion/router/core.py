@@ -7,29 +7,24 @@ still write, is asked for until it is.
 
 from __future__ import annotations
 
-import collections
 from typing import TYPE_CHECKING, assert_never
 
 from hwcore.diffusion.messages import (
-    Abort,
-    Aborted,
+    Alive,
     Cancel,
-    Drain,
-    Granted,
-    Heartbeat,
     Refused,
-    Register,
-    Registered,
-    Reset,
     Result,
     Submit,
+    Unknown,
+    Welcome,
 )
 from hwcore.diffusion.router.config import RouterConfig
 from hwcore.diffusion.router.jobs import Jobs
 from hwcore.diffusion.router.outbox import Observer, Outbox, Sent
-from hwcore.diffusion.router.requests import Answers, Request, State
+from hwcore.diffusion.router.registry import Registry
+from hwcore.diffusion.router.requests import Answers, Key, Request, State
 from hwcore.diffusion.router.returns import Returns
-from hwcore.diffusion.router.workers import Worker, Workers
+from hwcore.diffusion.router.workers import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +32,9 @@ if TYPE_CHECKING:
     from hwcore.diffusion.messages import FromClient, FromWorker
     from hwcore.diffusion.roles import RoleType
     from hwcore.diffusion.router.outbox import Frames
+    from hwcore.diffusion.router.workers import Worker
 
 __all__ = ["RouterCore", "Sent"]
-
-_REMEMBERED = 16384  # epochs of workers that are gone: what comes late names one
 
 
 class RouterCore:
@@ -65,12 +59,15 @@ class RouterCore:
         self.workers = Workers(self.config.policy)
         self.draining = False
         self._observer = observer or Observer()
-        self._ended: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._requests: dict[str, Request] = {}
+        self._input_bytes = 0  # of these requests
         self._outbox = Outbox()
         self._returns = Returns(self.workers, self._outbox, self.config.resend_after_s)
         self._jobs = Jobs(
             self.config, self.workers, self._outbox, self._returns, self._observer, self._answer
+        )
+        self._registry = Registry(
+            self.config, self.workers, self._outbox, self._returns, self._jobs, self._worker_died
         )
         self._answers = Answers(self.config.keep_results_s, self.config.keep_results_bytes)
 
@@ -110,6 +107,11 @@ class RouterCore:
             mine = (message.request_id, message.attempt)
             if request is not None and request.key == mine and request.client == client:
                 self._refuse(request, "cancelled", "its client cancelled it", False, now)
+        elif isinstance(message, Alive):
+            for request_id, attempt in message.requests:
+                self._asked(client, (request_id, attempt), now)
+            welcome = Welcome(self.config.heartbeat_s, self.config.max_input_bytes)
+            self._outbox.send(client, welcome)
         else:
             assert_never(message)
         self._jobs.go_on(now)
@@ -124,44 +126,28 @@ class RouterCore:
         self, name: str, message: FromWorker, frames: Sequence[bytes], now: float
     ) -> None:
         """Take in what a worker said."""
-        worker = self.workers.get(name)
-        if isinstance(message, Register):
-            self._register(name, worker, message, now)
-        elif isinstance(message, Aborted):
-            self._returns.aborted(name, message.job, now)  # of whichever epoch
-        elif worker is None or message.epoch > worker.epoch:
-            self._outbox.send(name, Reset(message.epoch))
-        elif message.epoch == worker.epoch:
-            worker.last_seen = now
-            self._news(worker, message, tuple(frames), now)
+        self._registry.hear(name, message, tuple(frames), now)
         self._jobs.go_on(now)
+
+    def confirm(self, name: str, epoch: int) -> None:
+        """Tell a worker that it is known, if it is: after each heartbeat."""
+        self._registry.confirm(name, epoch)
 
     def tick(self, now: float) -> None:
         """Do what is due: deaths, deadlines, what must be said again."""
         self._outbox.due = float("inf")  # everything that is still to come says so anew
-        for worker in self.workers:
-            if now - worker.last_seen > self.config.dead_after_s:
-                self.worker_died(worker.name, now)
-            else:
-                self._outbox.by(worker.last_seen + self.config.dead_after_s)
+        self._registry.tick(now)
         self._jobs.tick(list(self._requests.values()), now)
         self._returns.tick(now)
         self._answers.expire(now)
         self._outbox.by(self._answers.due)
         self._jobs.go_on(now)
 
-    def worker_died(self, name: str, now: float) -> None:
-        """Begin anew what a worker had, and take back what was promised to it."""
-        worker = self.workers.get(name)
-        if worker is None:
-            return
-        self.workers.remove(worker)
-        self._ended[name] = worker.epoch
-        self._ended.move_to_end(name)
-        if len(self._ended) > _REMEMBERED:
-            self._ended.popitem(last=False)
-        self._returns.worker_died(worker, now)
-        self._jobs.worker_died(worker, list(self._requests.values()), now)
+    def give_up(self, now: float) -> None:
+        """Refuse every request that is not over: this router ends."""
+        self.draining = True
+        for request in list(self._requests.values()):
+            self._refuse(request, "draining", "the router was shut down; ask again", True, now)
 
     def drain(self) -> None:
         """Take no more requests; those that there are go on."""
@@ -169,14 +155,25 @@ class RouterCore:
 
     def drain_worker(self, name: str) -> bool:
         """Give a worker nothing new; what it has goes on. Say whether there is one."""
-        worker = self.workers.get(name)
-        if worker is None:
-            return False
-        worker.draining = True
-        self._outbox.send(name, Drain(worker.epoch))
-        return True
+        return self._registry.drain(name)
+
+    def _worker_died(self, worker: Worker, now: float) -> None:
+        self._returns.worker_died(worker, now)
+        self._jobs.worker_died(worker, list(self._requests.values()), now)
 
     # --- Clients ---
+
+    def _asked(self, client: str, key: Key, now: float) -> None:
+        """Say what became of a request, if its client may have missed that."""
+        running = self._requests.get(key[0])
+        if running is not None and running.key == key and running.client == client:
+            return
+        answer = self._answers.get(key)
+        if answer is None or answer.client != client:
+            self._outbox.send(client, Unknown(*key))
+        elif now >= answer.said_at + self.config.resend_after_s:
+            answer.said_at = now
+            self._outbox.send(client, answer.message, answer.frames)
 
     def _submit(self, client: str, message: Submit, frames: Frames, now: float) -> None:
         key = (message.request_id, message.attempt)
@@ -192,7 +189,8 @@ class RouterCore:
             self._outbox.send(client, answer.message, answer.frames)
             return
         stages = tuple(role for role in self.config.pipeline if role not in message.skip)
-        refusal = self._refusal(stages)
+        size_bytes = sum(map(len, frames))
+        refusal = self._refusal(stages, size_bytes)
         if refusal is not None:
             reason, text, retryable = refusal
             self._turn_away(client, Refused(*key, reason, text, retryable))
@@ -200,15 +198,24 @@ class RouterCore:
         deadline = now + message.deadline_s
         request = Request(key, client, frames, deadline, stages, now, now, message.progress)
         self._requests[message.request_id] = request
+        self._input_bytes += size_bytes
         self._jobs.add(request)
 
-    def _refusal(self, stages: tuple[RoleType, ...]) -> tuple[str, str, bool] | None:
+    def _refusal(
+        self, stages: tuple[RoleType, ...], size_bytes: int
+    ) -> tuple[str, str, bool] | None:
         if self.draining:
             return "draining", "the router is shutting down; ask another", True
         if not stages:
             return "failed", "every role of the pipeline is skipped", False
         if len(self._requests) >= self.config.max_requests:
             text = f"{len(self._requests)} requests are not over, and more are not taken; ask later"
+            return "busy", text, True
+        if size_bytes > self.config.max_input_bytes:
+            text = f"the input takes {size_bytes} bytes, and {self.config.max_input_bytes} is most"
+            return "too large", text, False
+        if self._input_bytes + size_bytes > self.config.max_waiting_bytes:
+            text = f"inputs of {self._input_bytes} bytes are waiting, which is enough; ask later"
             return "busy", text, True
         return None
 
@@ -228,61 +235,9 @@ class RouterCore:
         self._jobs.give_back(request, now)
         request.enter(State.OVER, now)
         del self._requests[request.key[0]]
+        self._input_bytes -= sum(map(len, request.frames))
         outcome = message.reason if isinstance(message, Refused) else "result"
         self._observer.answered(outcome, now - request.begun)
         self._answers.add(request.key, request.client, message, frames, now)
         self._outbox.by(self._answers.due)
         self._outbox.send(request.client, message, frames)
-
-    # --- Workers ---
-
-    def _register(self, name: str, known: Worker | None, message: Register, now: float) -> None:
-        if known is not None and message.epoch < known.epoch:
-            return  # it is late
-        if known is None and message.epoch <= self._ended.get(name, -1):
-            self._outbox.send(name, Reset(message.epoch))  # what it had then is not as it was
-            return
-        if known is not None and message.epoch > known.epoch:
-            self.worker_died(name, now)
-            known = None
-        if known is None:
-            known = Worker(
-                name,
-                message.role,
-                message.epoch,
-                message.address,
-                message.engine,
-                message.capacity,
-                message.pool_bytes,
-                now,
-            )
-            self.workers.add(known)
-            self._outbox.by(now + self.config.dead_after_s)
-        known.last_seen = now
-        known.grant(message.slots)
-        self._outbox.send(name, Registered(message.epoch, self.config.heartbeat_s))
-
-    def _news(self, worker: Worker, message: FromWorker, frames: Frames, now: float) -> None:
-        if isinstance(message, Granted):
-            worker.grant(message.slots)
-            return
-        if isinstance(message, Heartbeat):
-            self._heartbeat(worker, message, now)
-            return
-        assert not isinstance(message, Register | Aborted)
-        request = self._jobs.of(worker, message.job)
-        if request is not None:  # else it is over; a heartbeat that lists it is answered
-            self._jobs.news(request, message, frames, now)
-
-    def _heartbeat(self, worker: Worker, message: Heartbeat, now: float) -> None:
-        if message.number <= worker.heartbeat:
-            return  # it is late
-        worker.heartbeat = message.number
-        worker.grant(message.slots)
-        self._returns.listed(worker, message.slots, now)
-        for job in message.jobs:
-            request = self._jobs.of(worker, job)
-            if request is not None:
-                self._jobs.acknowledge(request)
-            elif not self._returns.is_aborting(worker.name, job):
-                self._outbox.send(worker.name, Abort(worker.epoch, job))

@@ -117,13 +117,14 @@ class Request:
         return due
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Answer:
     """What a client was told in the end."""
 
     client: str
     message: Result | Refused
     frames: Frames
+    said_at: float
     expires: float
 
     @property
@@ -158,7 +159,7 @@ class Answers:
     ) -> None:
         """Keep an answer."""
         self._drop(key)
-        answer = Answer(client, message, tuple(frames), now + self._keep_s)
+        answer = Answer(client, message, tuple(frames), now, now + self._keep_s)
         self._answers[key] = answer
         self._bytes += answer.size_bytes
         while self._bytes > self._keep_bytes or len(self._answers) > self._most:

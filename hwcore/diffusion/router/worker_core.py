@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
+import math
+from typing import TYPE_CHECKING, Any, assert_never
 
 from hwcore.diffusion.messages import (
     Abort,
@@ -27,81 +28,22 @@ from hwcore.diffusion.messages import (
     Registered,
     Release,
     Reset,
-    Slot,
     Want,
     Work,
 )
+from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hwcore.diffusion.messages import FromRouter
     from hwcore.diffusion.roles import RoleType
+    from hwcore.diffusion.router.outbox import Frames
+    from hwcore.diffusion.router.todo import Slots, Todo
 
-__all__ = ["Compute", "Drop", "Restart", "Slots", "Todo", "Transfer", "WorkerCore"]
+__all__ = ["WorkerCore"]
 
-Frames = tuple[bytes, ...]
 _REMEMBERED = 65536  # jobs that are over: `Work` may come late, and must not be done twice
-
-
-class Slots(Protocol):
-    """The memory of a worker, as far as its mind needs it."""
-
-    def grant(self, size_bytes: int) -> Slot | None:
-        """Return a new slot, or None where there is no room now."""
-
-    def consume(self, slot: Slot) -> bool:
-        """Take a slot over for a job; say whether it is one that was granted and not given back."""
-
-    def free(self, slot: Slot, writer: str) -> None:
-        """Give a slot back, at once or when the engine ``writer`` can write no more.
-
-        Twice is harmless.
-        """
-
-    def granted(self) -> list[Slot]:
-        """Return the slots that hold no job."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """Do a job: its input is ``frames``, or lies in ``slot`` as the manifest in ``frames`` says."""
-
-    job: int
-    request_id: str
-    frames: Frames
-    slot: Slot | None
-    last: bool
-    remaining_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """Push a job's output."""
-
-    job: int
-    turn: int
-    address: str
-    slot: Slot
-
-
-@dataclasses.dataclass(frozen=True)
-class Drop:
-    """Let go of a job, then report :meth:`WorkerCore.dropped`: nothing is written after that."""
-
-    job: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Restart:
-    """Begin again with a new pool at a new address, then report :meth:`WorkerCore.restarted`.
-
-    The router took this worker for dead, and others may still write to the old pool; it must not be
-    the memory of anything else.
-    """
-
-
-Todo: TypeAlias = Compute | Transfer | Drop | Restart
 
 
 class _State(enum.Enum):
@@ -157,6 +99,7 @@ class WorkerCore:
         self._sizes: collections.deque[int] = collections.deque(sizes, maxlen=len(sizes))
         self._heartbeat_s: float | None = None  # unknown to the router
         self._resetting = False
+        self._known = 0
         self._due = 0.0
         self._number = 0
         self._jobs: dict[int, _Job] = {}
@@ -176,6 +119,21 @@ class WorkerCore:
         """Return what is to be done, in this order."""
         taken, self._todo = self._todo, []
         return taken
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the router knows it."""
+        return self._heartbeat_s is not None and not self._resetting
+
+    @property
+    def heartbeat_s(self) -> float | None:
+        """How often it says that it is alive; None before it is registered."""
+        return self._heartbeat_s
+
+    @property
+    def due(self) -> float:
+        """When :meth:`tick` is to be called, at the latest."""
+        return math.inf if self._resetting else self._due
 
     @property
     def is_idle(self) -> bool:
@@ -209,7 +167,7 @@ class WorkerCore:
             if self._heartbeat_s is None:
                 self._heartbeat_s, self._due = message.heartbeat_s, now
         elif isinstance(message, Reset):
-            self.reset()
+            self.reset(message.known)
         elif isinstance(message, Work):
             self._work(message, tuple(frames))
         elif isinstance(message, Push):
@@ -230,10 +188,14 @@ class WorkerCore:
         else:
             assert_never(message)
 
-    def reset(self) -> None:
-        """Begin again under a new epoch: the router knows nothing of the jobs, nor of the slots."""
+    def reset(self, known: int = 0) -> None:
+        """Begin again under a new epoch: the router knows nothing of the jobs, nor of the slots.
+
+        ``known`` is an epoch that the new one has to be above.
+        """
         if self._resetting:
             return
+        self._known = known
         self._resetting = True
         self._wanted.clear()
         for number in list(self._jobs):
@@ -243,7 +205,7 @@ class WorkerCore:
     def restarted(self, address: str, engine: str, slots: Slots) -> None:
         """Report the new pool, and its engine."""
         self.address, self.engine, self._slots = address, engine, slots
-        self.epoch += 1
+        self.epoch = max(self.epoch, self._known) + 1
         self._heartbeat_s, self._due, self._number = None, 0.0, 0
         self._resetting = False
 
