@@ -122,28 +122,30 @@ class Jobs:
     def _pushed(self, request: Request, turn: int, frames: Frames, now: float) -> None:
         if request.state is not State.PUSHING or turn != request.turn:
             return  # it is late: that target died, and its slot with it
-        assert request.worker is not None
+        worker, job = request.worker, request.job
         target, slot = request.target, request.slot
+        assert worker is not None
         assert target is not None
-        self._outbox.send(request.worker.name, Forget(request.worker.epoch, request.job))
         self._observer.pushed(request.size_bytes)
-        target.jobs.discard(-request.job)
+        target.jobs.discard(-job)
         self._end_job(request)
         request.stage += 1
         request.input_slot, request.manifest = slot, frames
         request.target = request.slot = None
-        self._start(request, target, now)
+        self._start(request, target, now)  # first what somebody waits for
+        self._outbox.send(worker.name, Forget(worker.epoch, job))
 
     def _finished(self, request: Request, message: Finished, frames: Frames, now: float) -> None:
-        assert request.worker is not None
-        self._outbox.send(request.worker.name, Forget(message.epoch, message.job))
-        if not request.is_last:
+        worker = request.worker
+        assert worker is not None
+        if request.is_last:
+            self._observer.stage_done(request.role, now - request.since)
+            self._end_job(request)
+            self._answer(request, Result(*request.key), frames, now)
+        else:
             text = "its worker ended it before the last stage"
             self._refuse(request, "failed", text, False, now)
-            return
-        self._observer.stage_done(request.role, now - request.since)
-        self._end_job(request)
-        self._answer(request, Result(*request.key), frames, now)
+        self._outbox.send(worker.name, Forget(message.epoch, message.job))
 
     def _failed(self, request: Request, message: Failed, now: float) -> None:
         assert request.worker is not None

@@ -157,28 +157,34 @@ class WorkerLink:
 
     def computed(self, job: int, size_bytes: int) -> None:
         """Report that a job's output is ready to be pushed."""
+        check_size("WorkerLink.computed", "size_bytes", size_bytes, 0, "Pass the layout's size")
         self._report(lambda: self._core.computed(job, size_bytes))
 
-    def finished(self, job: int, frames: Sequence[bytes]) -> None:
-        """Report the result of a job that was the last of its request.
+    def finished(self, job: int, frames: Sequence[Any]) -> None:
+        """Report the result of a job that was the last of its request; it is copied.
 
         One that the router does not take fails the request, with both sizes named.
         """
-        taken = tuple(frames)
+        taken = tuple(bytes(frame) for frame in frames)
         self._report(lambda: self._finished(job, taken))
 
     def failed(self, job: int, text: str, retryable: bool) -> None:
         """Report that a job failed; ``retryable`` if another worker might do better."""
-        self._report(lambda: self._core.failed(job, text, retryable))
+        said = _sayable(text)
+        self._report(lambda: self._core.failed(job, said, retryable))
 
-    def pushed(self, job: int, turn: int, frames: Sequence[bytes]) -> None:
-        """Report that an output is in its slot; ``frames`` is its manifest, at most 1 MiB."""
-        taken = tuple(frames)
+    def pushed(self, job: int, turn: int, frames: Sequence[Any]) -> None:
+        """Report that an output is in its slot; ``frames`` is its manifest, one of 1 MiB at most.
+
+        Otherwise the push counts as failed.
+        """
+        taken = tuple(bytes(frame) for frame in frames)
         self._report(lambda: self._pushed(job, turn, taken))
 
     def push_failed(self, job: int, turn: int, text: str) -> None:
         """Report that an output is not there, and that nothing of it is being written any more."""
-        self._report(lambda: self._core.push_failed(job, turn, text))
+        said = _sayable(text)
+        self._report(lambda: self._core.push_failed(job, turn, said))
 
     def dropped(self, job: int) -> None:
         """Report that nothing is left of a job, and nothing of it will be written."""
@@ -249,3 +255,8 @@ class WorkerLink:
             self._todo.put(todo)
         if core.is_registered != self._registered.is_set():
             (self._registered.set if core.is_registered else self._registered.clear)()
+
+
+def _sayable(text: object) -> str:
+    """Return a text without what UTF-8 has no form for, such as bytes of a file's name."""
+    return str(text).encode(errors="replace").decode()

@@ -135,9 +135,9 @@ def checked_submit(
     message = Submit(request_id, attempt, float(deadline_s), list(skip))
     try:
         messages.decode(messages.encode(message), messages.FromClient)
-    except PeerError as error:
+    except (PeerError, UnicodeEncodeError) as error:
         got = (request_id, attempt, deadline_s)
-        expected = f"an id of 1 to 256 characters and seconds above 0: {error.__cause__}"
+        expected = f"an id of 1 to 256 characters and seconds above 0: {error.__cause__ or error}"
         fix = "Correct it"
         what = "request_id, attempt and deadline_s"
         raise ArgumentValueError(describe(where, what, got, expected, fix)) from error

@@ -118,13 +118,16 @@ class Echo:
             self.link.memory_freed()
         text = self.output(text)
         if todo.last:
-            self.link.finished(todo.job, [bytes(frame) for frame in pack_tensors({"text": text})])
+            self.link.finished(todo.job, pack_tensors(self.result(text)))
         else:
             self.outputs[todo.job] = text.encode()
             self.link.computed(todo.job, len(text))
 
     def output(self, text):
         return f"{text} {self.role}"
+
+    def result(self, text):
+        return {"text": text}
 
     def close(self):
         self.hangs = False
