@@ -203,7 +203,7 @@ class RouterClient:
     def _hear(self, message: Any, frames: list[bytes], _now: float) -> None:
         if isinstance(message, Welcome):
             self._heartbeat_s, self._input_bytes = message.heartbeat_s, message.input_bytes
-            self._connection.silent_s = max(3.0, 4 * self._heartbeat_s)
+            self._connection.expect(self._heartbeat_s)
             self._welcomed.set()
             return
         pending = self._pending.get(message.request_id)

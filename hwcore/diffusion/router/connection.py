@@ -64,7 +64,7 @@ class Connection:
             expected = "1 to 128 letters, digits, or one of `_.:@/+-`"
             message = describe(who, f"the {party}'s name", identity, expected, fix)
             raise ArgumentValueError(message)
-        self.address, self.silent_s = address, _SILENT_S
+        self.address, self._silent_s = address, _SILENT_S
         self.drops = Drops(f"{who} {identity}")
         self._who, self._party, self._identity = who, party, identity
         self._kind, self._hear, self._owner_turn, self._owner_end = kind, hear, turn, end
@@ -78,6 +78,10 @@ class Connection:
             raise
         self.loop = Loop(f"hwcore-{party}-{identity}", self.drops, self._turn, self._end)
         self.loop.add(self._socket, self._receive)
+
+    def expect(self, heartbeat_s: float) -> None:
+        """Take note of how often the router says something."""
+        self._silent_s = max(_SILENT_S, 4 * heartbeat_s)
 
     def send(self, message: Any, frames: tuple[bytes, ...] = ()) -> None:
         """Send a message, or drop it: all are said again. In the loop's thread."""
@@ -96,9 +100,9 @@ class Connection:
 
     def _turn(self, now: float) -> float:
         due = self._owner_turn(now)
-        if now >= self._heard + self.silent_s:
+        if now >= self._heard + self._silent_s:
             self._connect_anew(now)
-        return min(due, self._heard + self.silent_s)
+        return min(due, self._heard + self._silent_s)
 
     def _connected(self) -> Any:
         expected, fix = "such as tcp://127.0.0.1:5000", "Pass what the router says its address is"
@@ -123,7 +127,7 @@ class Connection:
         self._heard = now
         _log.warning("%s %s: no word from the router at %s for %g s: it is not there, or another "
                      "%s has this name; connecting anew", self._who, self._identity, self.address,
-                     self.silent_s, self._party)  # fmt: skip
+                     self._silent_s, self._party)  # fmt: skip
         self.loop.remove(self._socket)
         self._socket.close(0)
         self._socket = self._connected()

@@ -45,6 +45,9 @@ class RouterCore:
     config : RouterConfig, optional
     observer : Observer, optional
         Told what becomes of requests.
+    first_job : int
+        A number that no job of a router before had: late news of those must not be taken for
+        news of this one's.
 
     Attributes
     ----------
@@ -53,7 +56,10 @@ class RouterCore:
     """
 
     def __init__(
-        self, config: RouterConfig | None = None, observer: Observer | None = None
+        self,
+        config: RouterConfig | None = None,
+        observer: Observer | None = None,
+        first_job: int = 1,
     ) -> None:
         self.config = config or RouterConfig()
         self.workers = Workers(self.config.policy)
@@ -64,7 +70,13 @@ class RouterCore:
         self._outbox = Outbox()
         self._returns = Returns(self.workers, self._outbox, self.config.resend_after_s)
         self._jobs = Jobs(
-            self.config, self.workers, self._outbox, self._returns, self._observer, self._answer
+            self.config,
+            self.workers,
+            self._outbox,
+            self._returns,
+            self._observer,
+            first_job,
+            self._answer,
         )
         self._registry = Registry(
             self.config, self.workers, self._outbox, self._returns, self._jobs, self._worker_died

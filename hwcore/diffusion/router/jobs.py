@@ -44,6 +44,7 @@ class Jobs:
     outbox : Outbox
     returns : Returns
     observer : Observer
+    first_job : int
     answer : callable
         Ends a request, once, and calls :meth:`give_back`.
     """
@@ -55,12 +56,13 @@ class Jobs:
         outbox: Outbox,
         returns: Returns,
         observer: Observer,
+        first_job: int,
         answer: Callable[[Request, Result | Refused, Frames, float], None],
     ) -> None:
         self._config, self._workers = config, workers
         self._outbox, self._returns = outbox, returns
         self._observer, self._answer = observer, answer
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first_job)
         self._by_job: dict[int, Request] = {}
         self.queues = Queues(workers, outbox, returns, config.resend_after_s)
 

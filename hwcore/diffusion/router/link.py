@@ -14,7 +14,7 @@ from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.router.config import MOST_BYTES
 from hwcore.diffusion.router.connection import Connection
 from hwcore.diffusion.router.worker_core import WorkerCore
-from hwcore.errors import ArgumentTypeError, ClosedError, describe
+from hwcore.errors import ArgumentTypeError, ArgumentValueError, ClosedError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hwcore.diffusion.router.todo import Todo, WorkerMemory
 
 __all__ = ["WorkerLink"]
+
+_MOST = 4096  # what one message names
 
 
 class WorkerLink:
@@ -68,6 +70,10 @@ class WorkerLink:
         if not isinstance(role, RoleType):
             raise ArgumentTypeError(describe(where, "role", role, "a RoleType", "Pass one"))
         check_size(where, "capacity", capacity, 1, "Pass how many jobs it takes at a time")
+        if max(capacity, len(sizes)) > _MOST:
+            got, fix = (capacity, len(sizes)), "Pass less"
+            what, expected = "(capacity, len(sizes))", f"at most {_MOST} of each"
+            raise ArgumentValueError(describe(where, what, got, expected, fix))
         for size_bytes in sizes:
             check_size(where, "sizes", size_bytes, 0, "Pass bytes")
         self.name, self.role = name, role
@@ -237,7 +243,7 @@ class WorkerLink:
     def _hear(self, message: Any, frames: list[bytes], now: float) -> None:
         if isinstance(message, Registered):
             self._result_bytes = message.result_bytes
-            self._connection.silent_s = max(3.0, 4 * message.heartbeat_s)
+            self._connection.expect(message.heartbeat_s)
         self._core.from_router(message, frames, now)
         self._flush()
 

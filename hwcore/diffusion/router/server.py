@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import secrets
 import time
 import typing
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -99,7 +100,7 @@ class Router:
         except BaseException:
             self.metrics.close()
             raise
-        self._core = RouterCore(config, self.metrics)
+        self._core = RouterCore(config, self.metrics, secrets.randbits(61))
         self._loop = Loop("hwcore-router", self._drops, self._turn, self._end)
         self._doors.watch(self._loop)
         self._loop.add(self._doors.workers, self._from_worker)

@@ -18,7 +18,7 @@ from hwcore.diffusion.messages import Slot
 from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.router import Router, RouterClient, RouterConfig, WorkerLink
 from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
-from hwcore.errors import ClosedError
+from hwcore.errors import ClosedError, HwcoreError
 
 FAST = {"heartbeat_s": 0.1, "dead_after_s": 0.6, "resend_after_s": 0.2}
 
@@ -95,7 +95,12 @@ class Echo:
         if isinstance(todo, Compute):
             while self.hangs:
                 time.sleep(0.01)
-            self.compute(todo)
+            try:
+                self.compute(todo)
+            except ClosedError:
+                raise
+            except HwcoreError as error:  # what it was given is at fault
+                self.link.failed(todo.job, str(error), retryable=False)
         elif isinstance(todo, Transfer):
             self.link.pushed(todo.job, todo.turn, (self.outputs[todo.job],))
         elif isinstance(todo, Drop):
