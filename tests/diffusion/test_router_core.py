@@ -541,6 +541,15 @@ def test_a_job_that_is_over_is_not_done_again(worker):
     assert mind.todo() == []
 
 
+def test_a_slot_that_was_taken_is_followed_by_another(worker):
+    mind, slot = worker.mind, next(iter(worker.memory.slots.values()))
+    mind.take()
+    mind.from_router(Work(mind.epoch, 1, "r", 9.0, True, slot), (b"r",), 1.0)
+    ((granted, _),) = mind.take()
+    assert [new.size_bytes for new in granted.slots] == [slot.size_bytes]
+    assert len(worker.memory.slots) == 3
+
+
 def test_a_slot_that_was_given_back_takes_no_job(worker):
     mind = worker.mind
     mind.take()

@@ -9,7 +9,7 @@ module            what it holds
 `core`            the router's mind, without sockets and clocks: what clients say
 `registry`        … what workers say; `workers` is what is known of them
 `jobs`            … requests on workers; `requests`, `queues` and `returns` are where they are
-`worker_core`     the worker's mind, likewise
+`worker_core`     the worker's mind, likewise; `grants` is the slots that it offers
 `security`        who may connect; `sockets` and `connection`: neither blocks nor grows
 ================  ===========================================================================
 

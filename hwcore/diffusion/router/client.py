@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -86,7 +87,8 @@ class RouterClient:
         self._pending: dict[str, Pending] = {}
         self._closed = False
         self._welcomed = threading.Event()
-        self._input_bytes, self._heartbeat_s, self._beat_at = 0, _HEARTBEAT_S, 0.0
+        self._input_bytes, self._heartbeat_s = 0, _HEARTBEAT_S
+        self._beat_at, self._end_at = 0.0, math.inf
         self._connection = Connection(
             "RouterClient",
             address,
@@ -226,25 +228,33 @@ class RouterClient:
                 _log.exception("RouterClient: on_progress of %r failed", pending.request_id)
 
     def _turn(self, now: float) -> float:
-        pendings = list(self._pending.values())
+        if now >= min(self._beat_at, self._end_at):
+            pendings = list(self._pending.values())  # other threads add to it
+            for pending in pendings:
+                if now >= pending.deadline + _GRACE_S:
+                    self._connection.send(Cancel(*pending.key))
+                    text = f"no answer by its deadline, nor {_GRACE_S} s later"
+                    self._fail(pending, "deadline", text, True)
+            pendings = [pending for pending in pendings if not pending.done]
+            ends = (pending.deadline + _GRACE_S for pending in pendings)
+            self._end_at = min(ends, default=math.inf)
+            if now >= self._beat_at:
+                self._beat_at = now + self._heartbeat_s
+                self._beat(pendings)
+        return min(self._beat_at, self._end_at)
+
+    def _beat(self, pendings: list[Pending]) -> None:
+        """Say what is waited for, and what is not any more."""
+        keys = [pending.key for pending in pendings]
+        for start in range(0, max(1, len(keys)), _LISTED):
+            self._connection.send(Alive(keys[start : start + _LISTED]))
         for pending in pendings:
-            if now >= pending.deadline + _GRACE_S:
-                self._connection.send(Cancel(*pending.key))
-                text = f"no answer by its deadline, nor {_GRACE_S} s later"
-                self._fail(pending, "deadline", text, True)
-        if now >= self._beat_at:
-            self._beat_at = now + self._heartbeat_s
-            keys = [pending.key for pending in self._pending.values()]
-            for start in range(0, max(1, len(keys)), _LISTED):
-                self._connection.send(Alive(keys[start : start + _LISTED]))
-            for pending in self._pending.values():
-                if pending.cancelled:
-                    self._say_cancel(pending)
-        ends = [pending.deadline + _GRACE_S for pending in self._pending.values()]
-        return min([self._beat_at, *ends])
+            if pending.cancelled:
+                self._say_cancel(pending)
 
     def _submit(self, pending: Pending) -> None:
         left_s = pending.deadline - time.monotonic()
+        self._end_at = min(self._end_at, pending.deadline + _GRACE_S)
         if left_s > 0 and not pending.done:
             progress = pending.on_progress is not None
             said = Submit(*pending.key, left_s, pending.skip, progress)

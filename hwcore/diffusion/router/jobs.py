@@ -11,11 +11,9 @@ from hwcore.diffusion.messages import (
     Finished,
     Forget,
     Progress,
-    Push,
     Pushed,
     Refused,
     Result,
-    Work,
 )
 from hwcore.diffusion.router.queues import Queues
 from hwcore.diffusion.router.requests import Request, State
@@ -193,15 +191,7 @@ class Jobs:
         self._outbox.by(request.due(self._config))
         assert request.worker is not None
         frames = request.frames if request.input_slot is None else request.manifest
-        work = Work(
-            request.worker.epoch,
-            request.job,
-            request.key[0],
-            max(1e-3, request.deadline - now),
-            request.is_last,
-            request.input_slot,
-        )
-        self._outbox.send(request.worker.name, work, frames)
+        self._outbox.send(request.worker.name, request.work(now), frames)
 
     def _push(self, request: Request, target: Worker, slot: Slot, now: float) -> None:
         request.turn += 1
@@ -215,12 +205,7 @@ class Jobs:
         request.resend_at = now + self._config.resend_after_s
         self._outbox.by(request.due(self._config))
         assert request.worker is not None
-        assert request.target is not None
-        assert request.slot is not None
-        push = Push(
-            request.worker.epoch, request.job, request.turn, request.target.address, request.slot
-        )
-        self._outbox.send(request.worker.name, push)
+        self._outbox.send(request.worker.name, request.push())
 
     def _untarget(self, request: Request, now: float) -> None:
         """Let an output wait for another slot: the one that it was promised takes nothing."""

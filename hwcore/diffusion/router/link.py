@@ -255,10 +255,10 @@ class WorkerLink:
 
     def _flush(self) -> None:
         core = self._core
+        for todo in core.todo():  # first what somebody waits for
+            self._todo.put(todo)
         for message, frames in core.take():
             self._connection.send(message, frames)
-        for todo in core.todo():
-            self._todo.put(todo)
         if core.is_registered != self._registered.is_set():
             (self._registered.set if core.is_registered else self._registered.clear)()
 

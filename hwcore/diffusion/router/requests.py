@@ -8,6 +8,8 @@ import enum
 import math
 from typing import TYPE_CHECKING
 
+from hwcore.diffusion.messages import Push, Work
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -98,6 +100,20 @@ class Request:
     def is_last(self) -> bool:
         """Whether no stage follows."""
         return self.stage + 1 == len(self.stages)
+
+    def work(self, now: float) -> Work:
+        """Return what its worker is told: to compute."""
+        assert self.worker is not None
+        remaining_s = max(1e-3, self.deadline - now)
+        name, epoch = self.key[0], self.worker.epoch
+        return Work(epoch, self.job, name, remaining_s, self.is_last, self.input_slot)
+
+    def push(self) -> Push:
+        """Return what its worker is told: to write the output to its target."""
+        assert self.worker is not None
+        assert self.target is not None
+        assert self.slot is not None
+        return Push(self.worker.epoch, self.job, self.turn, self.target.address, self.slot)
 
     def enter(self, state: State, now: float) -> None:
         """Change the state."""

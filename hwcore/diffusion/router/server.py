@@ -28,7 +28,7 @@ from hwcore.diffusion.router.libraries import zmq
 from hwcore.diffusion.router.metrics import Metrics
 from hwcore.diffusion.router.sockets import Drops, Loop, as_name, send
 from hwcore.diffusion.router.stats import RouterStats, stats_of
-from hwcore.errors import ArgumentValueError, ClosedError, PeerError, describe
+from hwcore.errors import ArgumentValueError, CapabilityError, ClosedError, PeerError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,12 +137,16 @@ class Router:
     def start(self) -> Self:
         """Serve in a thread."""
         self._check("start")
-        self._loop.start()
+        if not self._loop.is_running:
+            self._loop.start()
         return self
 
     def serve_forever(self) -> None:
         """Serve here until another thread, or a signal's handler, calls :meth:`close`."""
         self._check("serve_forever")
+        if self._loop.is_running:
+            message = "Router: serve_forever: it is served already; expected one that is not. "
+            raise CapabilityError(message + "Call either start() or serve_forever().")
         self._loop.run()
 
     def drain(self) -> None:

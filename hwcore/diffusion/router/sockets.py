@@ -117,7 +117,9 @@ class Loop:
         self._handlers: dict[Any, Callable[[list[bytes]], None]] = {}
         self._lock = threading.RLock()  # a signal's handler may call, too
         self._stopping = self._ended = False
+        self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._own: threading.Thread | None = None
 
     def add(self, socket: Any, handle: Callable[[list[bytes]], None]) -> None:
         """Read a socket. Before the start, or in the loop's thread."""
@@ -150,8 +152,8 @@ class Loop:
 
     def start(self) -> None:
         """Run in a thread of its own."""
-        self._thread = threading.Thread(target=self.run, name=self._name, daemon=True)
-        self._thread.start()
+        self._thread = self._own = threading.Thread(target=self.run, name=self._name, daemon=True)
+        self._own.start()
 
     def run(self) -> None:
         """Run here until :meth:`stop`."""
@@ -171,7 +173,9 @@ class Loop:
             return
         self.call(lambda: None)
         if not self.is_current:
-            self._thread.join()
+            self._over.wait()
+            if self._own is not None:
+                self._own.join()
 
     def _finish(self) -> None:
         with self._lock:
@@ -179,9 +183,12 @@ class Loop:
                 return
             self._ended = True
             os.close(self._wake)
-        for call in self._calls:  # nobody waits for an answer that does not come
-            self._guarded(call)
-        self._end()
+        try:
+            for call in self._calls:  # nobody waits for an answer that does not come
+                self._guarded(call)
+            self._end()
+        finally:
+            self._over.set()
 
     def _round(self, due: float) -> float:
         left_s = due - time.monotonic()

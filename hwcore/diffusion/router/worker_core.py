@@ -31,6 +31,7 @@ from hwcore.diffusion.messages import (
     Want,
     Work,
 )
+from hwcore.diffusion.router.grants import Grants
 from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from hwcore.diffusion.messages import FromRouter
     from hwcore.diffusion.roles import RoleType
     from hwcore.diffusion.router.outbox import Frames
-    from hwcore.diffusion.router.todo import Slots, Todo
+from hwcore.diffusion.router.todo import Slots, Todo
 
 __all__ = ["WorkerCore"]
 
@@ -96,7 +97,7 @@ class WorkerCore:
         self.draining = False
         self._capacity, self._pool_bytes = capacity, pool_bytes
         self._slots = slots
-        self._sizes: collections.deque[int] = collections.deque(sizes, maxlen=len(sizes))
+        self._grants = Grants(slots, sizes)
         self._heartbeat_s: float | None = None  # unknown to the router
         self._resetting = False
         self._known = 0
@@ -104,7 +105,6 @@ class WorkerCore:
         self._number = 0
         self._jobs: dict[int, _Job] = {}
         self._over: collections.OrderedDict[int, None] = collections.OrderedDict()
-        self._wanted: collections.deque[int] = collections.deque()
         self._outbox: list[tuple[Any, Frames]] = []
         self._todo: list[Todo] = []
 
@@ -177,8 +177,7 @@ class WorkerCore:
         elif isinstance(message, Abort):
             self._abort(message.job)
         elif isinstance(message, Want):
-            if message.size_bytes not in self._wanted:
-                self._wanted.append(message.size_bytes)
+            self._grants.want(message.size_bytes)
             self.grant()
         elif isinstance(message, Release):
             self._slots.free(message.slot, message.writer)
@@ -197,14 +196,15 @@ class WorkerCore:
             return
         self._known = known
         self._resetting = True
-        self._wanted.clear()
+        self._grants.forget_wanted()
         for number in list(self._jobs):
             self._abort(number)
         self._restart_if_idle()
 
     def restarted(self, address: str, engine: str, slots: Slots) -> None:
         """Report the new pool, and its engine."""
-        self.address, self.engine, self._slots = address, engine, slots
+        self.address, self.engine = address, engine
+        self._slots = self._grants.slots = slots
         self.epoch = max(self.epoch, self._known) + 1
         self._heartbeat_s, self._due, self._number = None, 0.0, 0
         self._resetting = False
@@ -223,7 +223,8 @@ class WorkerCore:
             self.failed(job, text, retryable=True)
             return
         if message.slot is not None:
-            self._sizes.append(message.slot.size_bytes)
+            self._grants.used(message.slot.size_bytes)
+            self.grant()  # another in its place: the next output need not wait for a heartbeat
         self._todo.append(
             Compute(
                 job,
@@ -316,27 +317,11 @@ class WorkerCore:
     # --- Slots ---
 
     def grant(self) -> None:
-        """Grant what there is room for: call it when memory has become free.
-
-        First what the router wants, in the order in which it asked: a large slot is not put off by
-        small ones.
-        """
-        if self._resetting:
-            return
-        granted = []
-        while self._wanted and not self.draining:
-            slot = self._slots.grant(self._wanted[0])
-            if slot is None:
-                break
-            granted.append(slot)
-            self._wanted.popleft()
-        if not self._wanted and not self.draining:
-            missing = collections.Counter(self._sizes)
-            missing.subtract(slot.size_bytes for slot in self._slots.granted())
-            slots = map(self._slots.grant, missing.elements())
-            granted += [slot for slot in slots if slot is not None]
-        if granted and self._heartbeat_s is not None:
-            self._send(Granted(self.epoch, granted))
+        """Grant what there is room for: call it when memory has become free."""
+        if not self._resetting and not self.draining:
+            granted = self._grants.made()
+            if granted and self._heartbeat_s is not None:
+                self._send(Granted(self.epoch, granted))
 
     def _is_over(self, number: int) -> None:
         self._over[number] = None

@@ -9,10 +9,11 @@ import torch
 
 from hwcore.diffusion import unpack_tensors
 from hwcore.diffusion.roles import PIPELINE, RoleType
-from hwcore.diffusion.router import RouterClient
+from hwcore.diffusion.router import Router, RouterClient
 from hwcore.errors import (
     ArgumentTypeError,
     ArgumentValueError,
+    CapabilityError,
     ClosedError,
     PeerTimeoutError,
     RequestError,
@@ -317,9 +318,32 @@ def test_nothing_is_left_open(token, router_of, workers, client_of):
     assert within(5, lambda: len(files()) <= before), files()
 
 
-def test_a_router_that_was_never_started_closes(token):
-    from hwcore.diffusion.router import Router
+def test_who_serves_forever_goes_on_once_another_thread_closes_the_router(token):
+    router, log, may_end = Router(token), [], threading.Event()
 
+    def serve():
+        router.serve_forever()
+        log.append("served")
+        may_end.wait(10)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert within(5, lambda: router.stats() and router._loop.is_running)
+    router.close()
+    assert within(5, lambda: log == ["served"])
+    assert thread.is_alive(), "close() waits for the service, not for the thread that gave it"
+    may_end.set()
+    thread.join(10)
+
+
+def test_a_router_is_served_once(router):
+    router.start()
+    assert sum("hwcore-router" in thread.name for thread in threading.enumerate()) == 1
+    with pytest.raises(CapabilityError, match="it is served already"):
+        router.serve_forever()
+
+
+def test_a_router_that_was_never_started_closes(token):
     router = Router(token)
     assert router.stats().unfinished == 0
     router.close()
@@ -340,8 +364,6 @@ def test_what_is_no_address_is_an_error(token, address, error):
 
 
 def test_a_port_that_is_taken_is_named(token, router):
-    from hwcore.diffusion.router import Router
-
     port = int(router.client_address.rpartition(":")[2])
     with pytest.raises(OSError, match=f"client_port got {port}"):
         Router(token, client_port=port)
