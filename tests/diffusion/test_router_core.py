@@ -482,6 +482,23 @@ def test_the_router_knows_when_it_is_due_next():
     assert router.due > world.now + 0.5
 
 
+def test_a_slot_that_a_dead_worker_may_still_write_to_names_the_workers_engine():
+    world, said = World(), []
+    world.run(1.0)
+    send = world.send
+    world.send = lambda source, to, *what: (said.append((to, what[0])), send(source, to, *what))
+    world.submit("r0")
+    while not any(process.writing for process in world.processes.values()):
+        world.run(world.now + 0.001)
+    (writer,) = [process for process in world.processes.values() if process.writing]
+    engine, (lease,) = writer.engine, writer.writing.values()
+    writer.stopped = True
+    world.run(10.0)
+    released = {(it.slot.lease, it.writer) for _, it in said if isinstance(it, Release)}
+    assert released == {(lease, engine)}
+    assert all(to.startswith("denoiser-") for to, it in said if isinstance(it, Release))
+
+
 def test_a_slot_that_both_sides_lost_sight_of_is_given_back():
     """The release was lost, and an older heartbeat, without the slot, came after it."""
     world = World()

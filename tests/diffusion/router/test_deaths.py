@@ -121,6 +121,17 @@ def test_a_second_worker_of_a_name_waits_until_the_first_has_gone(
     assert second.computed == 1
 
 
+def test_a_connection_on_which_nothing_happens_stays(router, workers, client, impatient, caplog):
+    """The router answers every heartbeat: who hears nothing has lost it."""
+    made = workers(router)
+    sockets = [echo.link._connection._socket for echo in made] + [client._connection._socket]
+    time.sleep(1.5)
+    assert "connecting anew" not in caplog.text
+    assert sockets == [
+        *(echo.link._connection._socket for echo in made), client._connection._socket
+    ]  # fmt: skip
+
+
 def test_a_second_client_of_a_name_is_not_heard(router, token, client_of, workers):
     workers(router)
     first = client_of(router, client_id="me")

@@ -273,7 +273,9 @@ def test_a_router_that_ends_says_so_to_who_waits(router, client):
     assert (error.reason, error.retryable) == ("draining", True)
 
 
-def test_a_client_that_ends_cancels_what_it_waits_for(router, client):
+def test_a_client_that_ends_cancels_what_it_waits_for(router_of, client_of):
+    router = router_of(dead_after_s=60.0)  # it is told, and need not find out
+    client = client_of(router)
     pending = ask(client, "r")
     assert within(10, lambda: router.stats().unfinished == 1)
     client.close()
