@@ -482,6 +482,23 @@ def test_the_router_knows_when_it_is_due_next():
     assert router.due > world.now + 0.5
 
 
+def test_a_router_with_nothing_to_do_is_due_when_its_answers_are_old_and_then_no_more():
+    router = RouterCore(RouterConfig(keep_results_s=60.0))
+    router.from_client("client", Submit("r", 1, 0.5), (b"r",), 0.0)
+    router.tick(0.5)
+    router.tick(1.0)
+    assert router.due == 60.5
+    router.tick(60.5)
+    assert router.due == float("inf")
+    assert again_at(router, 61.0) == [], "it is a new request"
+
+
+def again_at(router, now):
+    router.take()
+    router.from_client("client", Submit("r", 1, 0.5), (b"r",), now)
+    return router.take()
+
+
 def test_a_slot_that_a_dead_worker_may_still_write_to_names_the_workers_engine():
     world, said = World(), []
     world.run(1.0)

@@ -122,7 +122,7 @@ def test_a_manifest_that_is_too_large_is_named(router_of, worker, link_of, clien
 def test_memory_that_has_become_free_is_granted_where_it_is_wanted(
     router_of, worker, link_of, client_of
 ):
-    router = router_of(resend_after_s=60.0, heartbeat_s=5.0, dead_after_s=30.0)
+    router = router_of(resend_after_s=60.0, heartbeat_s=25.0, dead_after_s=60.0)
     worker(router, "encoder")
     memory, client = Memory(100), client_of(router)
     link = link_of(router, "denoiser", memory=memory)
