@@ -485,6 +485,7 @@ def test_the_router_knows_when_it_is_due_next():
 def test_a_router_with_nothing_to_do_is_due_when_its_answers_are_old_and_then_no_more():
     router = RouterCore(RouterConfig(keep_results_s=60.0))
     router.from_client("client", Submit("r", 1, 0.5), (b"r",), 0.0)
+    assert router.due == 0.5
     router.tick(0.5)
     router.tick(1.0)
     assert router.due == 60.5
