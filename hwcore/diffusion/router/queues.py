@@ -75,7 +75,10 @@ class Queues:
         All are looked at: a large output that waits keeps no small one from going.
         """
         for role, waiting in self._outputs.items():
+            if not waiting:
+                continue
             largest, asked = self._workers.largest_free(role), set[int]()
+            last = waiting[-1]
             for request in list(waiting):
                 if largest is None:
                     break  # nobody takes a job: a slot would change nothing
@@ -90,7 +93,8 @@ class Queues:
                     self._want(role, size_bytes, now)
                 else:
                     continue
-                largest = self._workers.largest_free(role)
+                if request is not last:
+                    largest = self._workers.largest_free(role)
         if any(self._outputs.values()):
             self._outbox.by(now + self._again_s)
 
