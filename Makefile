@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,triton,mooncake,demo,lint,build]' \
+	@$(PIP) --progress-bar on --editable '.[test,triton,mooncake,diffusion,demo,lint,build]' \
 		$(PLUGINS:%=--editable %)
 	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"

@@ -28,6 +28,8 @@ __all__ = [
     "PluginLoadError",
     "PluginReturnError",
     "ProbeError",
+    "RequestError",
+    "RequestTimeoutError",
     "SelectionError",
     "SetupError",
     "StaleGraphError",
@@ -73,6 +75,32 @@ class PeerTimeoutError(PeerError, TimeoutError):
 
 class PeerRefusedError(PeerError, PermissionError):
     """Another process, or this one, did not accept who is at the other end."""
+
+
+class RequestError(HwcoreError, RuntimeError):
+    """A router's request has no result.
+
+    Attributes
+    ----------
+    request_id : str
+    reason : str
+        ``busy``, ``duplicate``, ``cancelled``, ``deadline``, ``too large``, ``failed``, ``died`` or
+        ``draining``.
+    retryable : bool
+        Whether the same request may have a result later, as another attempt.
+    """
+
+    def __init__(self, message: str, request_id: str, reason: str, retryable: bool) -> None:
+        super().__init__(message)
+        self.request_id, self.reason, self.retryable = request_id, reason, retryable
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, str, str, bool]]:
+        # BaseException pickles `args` alone, which is the message.
+        return (type(self), (str(self), self.request_id, self.reason, self.retryable))
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """A router's request had no result by its deadline."""
 
 
 class LeaseError(HwcoreError, LookupError):

@@ -28,6 +28,8 @@ BUILTINS = {
     "PluginLoadError": ImportError,
     "PluginReturnError": ValueError,
     "ProbeError": RuntimeError,
+    "RequestError": RuntimeError,
+    "RequestTimeoutError": TimeoutError,
     "SelectionError": RuntimeError,
     "SetupError": RuntimeError,
     "StaleGraphError": RuntimeError,
@@ -35,6 +37,13 @@ BUILTINS = {
     "UnknownBackendError": LookupError,
 }
 CLASSES = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+
+
+def test_what_became_of_a_request_survives_a_process_border():
+    error = pickle.loads(pickle.dumps(errors.RequestTimeoutError("what", "r", "deadline", True)))
+    assert isinstance(error, errors.RequestTimeoutError)
+    assert str(error) == "what"
+    assert (error.request_id, error.reason, error.retryable) == ("r", "deadline", True)
 
 
 def test_every_error_is_a_hwcore_error_and_the_builtin_that_fits():

@@ -5,6 +5,11 @@ socket. Both move trees: containers of tensors and plain values, never by pickle
 knows a device.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hwcore.diffusion.codec import pack_tensors, unpack_tensors
 from hwcore.diffusion.enums import EnumRegistry
 from hwcore.diffusion.host import TensorWrapper
@@ -13,6 +18,9 @@ from hwcore.diffusion.leases import Lease, PoolStats
 from hwcore.diffusion.manifest import Manifest, decode_manifest, encode_manifest, manifest_of
 from hwcore.diffusion.pool import Loaded, TransferTensorBuffer, Written
 from hwcore.diffusion.roles import RoleType
+
+if TYPE_CHECKING:
+    from hwcore.diffusion.router.server import Router as Router
 
 __all__ = [
     "EnumRegistry",
@@ -33,3 +41,10 @@ __all__ = [
     "pack_tensors",
     "unpack_tensors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Router":  # which needs more than this package does
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return importlib.import_module("hwcore.diffusion.router").Router

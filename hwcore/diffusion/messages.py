@@ -18,6 +18,9 @@ The way of a request, with S and T two workers in its pipeline:
 ``Result``     router to client
 =============  ==================================================================
 
+A client says ``Alive`` once in a while, with the requests that it waits for. What it has missed is
+said again then, and what the router does not know, for it is another one by now, it asks for.
+
 Any message may be lost, come twice or late. A worker repeats its last word on a job with every
 heartbeat until it is acknowledged, the router repeats what got no answer, and both know by the job,
 and by the turn of a push, what they have done already.
@@ -34,9 +37,11 @@ from hwcore.errors import PeerError, describe
 
 __all__ = [
     "LARGEST",
+    "MOST_FRAMES",
     "VERSION",
     "Abort",
     "Aborted",
+    "Alive",
     "Cancel",
     "Computed",
     "Drain",
@@ -60,7 +65,9 @@ __all__ = [
     "Slot",
     "Submit",
     "ToClient",
+    "Unknown",
     "Want",
+    "Welcome",
     "Work",
     "decode",
     "encode",
@@ -71,6 +78,9 @@ VERSION = 1
 
 LARGEST = 1 << 20
 """Bytes of an encoded message. Tensors do not travel in it."""
+
+MOST_FRAMES = 4096
+"""Frames that follow a message."""
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
@@ -123,6 +133,34 @@ class Cancel(_Message, frozen=True):
     attempt: Count
 
 
+class Alive(_Message, frozen=True):
+    """A client is there, and waits for these requests, each with its attempt."""
+
+    requests: Annotated[list[tuple[Name, Count]], msgspec.Meta(max_length=1024)] = []
+
+
+class Welcome(_Message, frozen=True):
+    """The router hears the client.
+
+    Attributes
+    ----------
+    heartbeat_s : float
+        How often the client says that it is there.
+    input_bytes : int
+        No input may be larger.
+    """
+
+    heartbeat_s: Seconds
+    input_bytes: Number
+
+
+class Unknown(_Message, frozen=True):
+    """The router does not know a request that its client waits for: it is to be submitted anew."""
+
+    request_id: Name
+    attempt: Count
+
+
 class Progress(_Message, frozen=True):
     """Where a request has come to."""
 
@@ -170,6 +208,8 @@ class Register(_Message, frozen=True):
         Higher at each registration of a process; a new process's is its own.
     address : str
         What the other workers' engines connect to.
+    engine : str
+        By which they know who connected to them: its id, 16 hexadecimal digits.
     capacity : int
         Jobs that it takes at a time, computing and waiting to be pushed.
     pool_bytes : int
@@ -179,6 +219,7 @@ class Register(_Message, frozen=True):
     role: RoleType
     epoch: Number
     address: Text
+    engine: Name
     capacity: Annotated[int, msgspec.Meta(ge=1, le=65536)]
     pool_bytes: Number
     slots: Annotated[list[Slot], msgspec.Meta(max_length=4096)] = []
@@ -265,19 +306,32 @@ class Aborted(_Message, frozen=True):
 
 
 class Registered(_Message, frozen=True):
-    """The router knows the worker under this epoch."""
+    """The router knows the worker under this epoch; said again after each heartbeat.
+
+    Attributes
+    ----------
+    result_bytes : int
+        No result may be larger.
+    """
 
     epoch: Number
     heartbeat_s: Seconds
+    result_bytes: Number = 2**63 - 1
 
 
 class Reset(_Message, frozen=True):
     """The router knows nothing of the worker under this epoch, or took it for dead.
 
     What the worker has is worth nothing any more: it begins again with a higher epoch.
+
+    Attributes
+    ----------
+    known : int
+        A higher epoch that the router has seen under the worker's name; 0 if none.
     """
 
     epoch: Number
+    known: Number = 0
 
 
 class Work(_Message, frozen=True):
@@ -328,13 +382,12 @@ class Release(_Message, frozen=True):
     Attributes
     ----------
     writer : str
-        The engine's address of a worker that may still write there because it died; empty if none
-        may.
+        The engine, by its id, of a worker that died and may still write there; empty if none may.
     """
 
     epoch: Number
     slot: Slot
-    writer: Text = ""
+    writer: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class Drain(_Message, frozen=True):
@@ -343,8 +396,8 @@ class Drain(_Message, frozen=True):
     epoch: Number
 
 
-FromClient: TypeAlias = Submit | Cancel
-ToClient: TypeAlias = Progress | Result | Refused
+FromClient: TypeAlias = Submit | Cancel | Alive
+ToClient: TypeAlias = Progress | Result | Refused | Welcome | Unknown
 FromWorker: TypeAlias = (
     Register | Heartbeat | Granted | Computed | Pushed | Finished | Failed | Aborted
 )

@@ -26,7 +26,8 @@ from hwcore.diffusion.messages import (
 from hwcore.diffusion.roles import PIPELINE
 from hwcore.diffusion.router.config import RouterConfig
 from hwcore.diffusion.router.core import RouterCore
-from hwcore.diffusion.router.worker_core import Compute, Drop, Restart, Transfer, WorkerCore
+from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
+from hwcore.diffusion.router.worker_core import WorkerCore
 
 KINDS = {kind: kind for kind in (FromClient, FromRouter, FromWorker, ToClient)}
 
@@ -80,7 +81,7 @@ class Memory:
     def settle(self):
         """Let go of slots whose writers can write no more."""
         for lease, (_, writer) in list(self.quarantined.items()):
-            if writer not in self.world.addresses:
+            if writer not in self.world.engines:
                 del self.quarantined[lease]
 
     def granted(self):
@@ -108,8 +109,15 @@ class Process:
     def open(self):
         """Take a pool, at an address of its own."""
         self.memory = Memory(self.world, self, self.made[0])
-        self.address = f"{self.name}/{next(self.world.lives)}"
+        life = next(self.world.lives)
+        self.address, self.engine = f"{self.name}/{life}", f"{life:016x}"
         self.world.addresses[self.address] = self.memory
+        self.world.engines.add(self.engine)
+
+    def shut(self):
+        """Let go of the pool: nothing is written from here, or to here, any more."""
+        del self.world.addresses[self.address]
+        self.world.engines.remove(self.engine)
 
     def start(self):
         pool_bytes, capacity, stock = self.made
@@ -118,12 +126,19 @@ class Process:
         self.open()
         self.outputs, self.writing, self.computing, self.unwanted = {}, {}, set(), set()
         self.mind = WorkerCore(
-            self.role, self.life << 20, self.address, capacity, pool_bytes, self.memory, stock
+            self.role,
+            self.life << 20,
+            self.address,
+            self.engine,
+            capacity,
+            pool_bytes,
+            self.memory,
+            stock,
         )
 
     def kill(self):
         self.alive = False
-        del self.world.addresses[self.address]
+        self.shut()
 
     def run(self):
         """Take turns with the world: say, do, hear."""
@@ -156,9 +171,9 @@ class Process:
         elif isinstance(todo, Drop):
             self.drop(todo.job)
         elif isinstance(todo, Restart):
-            del self.world.addresses[self.address]
+            self.shut()
             self.open()
-            self.mind.restarted(self.address, self.memory)
+            self.mind.restarted(self.address, self.engine, self.memory)
 
     def compute(self, todo):
         if todo.slot is None:
@@ -223,7 +238,7 @@ class World:
             itertools.count(1),
             itertools.count(),
         )
-        self.events, self.addresses = [], {}
+        self.events, self.addresses, self.engines = [], {}, set()
         self.config = config or RouterConfig()
         self.router = RouterCore(self.config)
         self.asked, self.answers, self.said = {}, {}, []

@@ -7,6 +7,7 @@ import pytest
 
 from hwcore.diffusion.messages import (
     Abort,
+    Alive,
     Cancel,
     Forget,
     FromClient,
@@ -23,13 +24,17 @@ from hwcore.diffusion.messages import (
     Slot,
     Submit,
     ToClient,
+    Unknown,
+    Welcome,
     Work,
     decode,
     encode,
 )
 from hwcore.diffusion.roles import PIPELINE, RoleType
+from hwcore.diffusion.router import registry
 from hwcore.diffusion.router.config import RouterConfig
-from hwcore.diffusion.router.worker_core import Compute, Restart
+from hwcore.diffusion.router.core import RouterCore
+from hwcore.diffusion.router.todo import Compute, Restart
 from hwcore.errors import PeerError
 
 from ._world import Faults, World
@@ -272,6 +277,35 @@ def test_progress_is_told_to_who_wants_it():
     assert not any(isinstance(message, Progress) for message in served(World()).said)
 
 
+def alive(world, *keys, client="client"):
+    """Say from outside the world that a client waits, and return what the router says at once."""
+    world.router.from_client(client, Alive(list(keys)), (), world.now)
+    *said, welcome = [sent.message for sent in world.router.take() if sent.to == client]
+    assert isinstance(welcome, Welcome)
+    return said
+
+
+def test_who_waits_and_missed_the_answer_gets_it_again_once_in_a_while():
+    world = served(World(), until=20.0)
+    assert [type(message) for message in alive(world, ("r0", 1))] == [Result]
+    assert alive(world, ("r0", 1)) == [], "it may be under way"
+    world.run(21.5)
+    assert [type(message) for message in alive(world, ("r0", 1))] == [Result]
+
+
+def test_who_waits_for_what_is_under_way_is_told_nothing():
+    world = World()
+    world.submit("r0")
+    world.run(0.01)
+    assert alive(world, ("r0", 1)) == []
+
+
+def test_who_waits_for_what_the_router_does_not_know_is_told_so():
+    world = served(World(), until=20.0)
+    for keys, client in (("r9", 1), "client"), (("r0", 2), "client"), (("r0", 1), "another"):
+        assert alive(world, keys, client=client) == [Unknown(*keys)]
+
+
 # --- Workers --------------------------------------------------------------------------------------
 
 
@@ -383,12 +417,104 @@ def test_a_late_word_of_a_dead_worker_does_not_bring_it_back():
     world = World()
     world.run(1.0)
     process = world.processes["denoiser-0"]
-    register = Register(process.role, process.mind.epoch, process.address, 4, 1000)
+    register = Register(process.role, process.mind.epoch, process.address, process.engine, 4, 1000)
     process.kill()
     world.run(10.0)
     world.router.from_worker("denoiser-0", register, (), world.now)
     assert [sent.message for sent in world.router.take()] == [Reset(process.mind.epoch)]
     assert world.router.workers.get("denoiser-0") is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_router_that_begins_anew_serves_what_was_asked(seed):
+    world = World(seed, Faults(lost=0.05, twice=0.05, late=0.3))
+    for number in range(20):
+        world.submit(f"r{number}")
+    world.run(0.05 + 0.01 * seed)
+    world.router = RouterCore(world.config, first_job=1 << 20)
+    world.run(50.0)
+    world.check_answers()
+    assert {said(world, f"r{number}") for number in range(20)} == {"result"}
+    world.faults = Faults()
+    world.run(60.0)
+    world.check_nothing_left()
+
+
+def test_a_worker_that_begins_below_a_known_epoch_is_told_which():
+    world = World()
+    world.run(1.0)
+    process = world.processes["denoiser-0"]
+    process.kill()
+    world.run(10.0)
+    early = Register(process.role, 5, process.address, process.engine, 4, 1000)
+    world.router.from_worker("denoiser-0", early, (), world.now)
+    assert [sent.message for sent in world.router.take()] == [Reset(5, process.mind.epoch)]
+    mind = world.processes["denoiser-1"].mind
+    mind.from_router(Reset(mind.epoch, 1 << 60), (), world.now)
+    assert mind.todo() == [Restart()]
+    mind.restarted("a", "e", mind._slots)
+    assert mind.epoch == (1 << 60) + 1
+
+
+def test_what_is_remembered_of_workers_that_are_gone_is_bounded(monkeypatch):
+    monkeypatch.setattr(registry, "_REMEMBERED", 10)
+    router = RouterCore()
+    for number in range(30):
+        message = Register(RoleType.ENCODER, 1, "a", "e", 1, 1)
+        router.from_worker(f"w{number}", message, (), 0.0)
+    router.tick(100.0)
+    assert len(router.workers) == 0
+    assert list(router._registry._ended) == [f"w{number}" for number in range(20, 30)]
+
+
+def test_the_router_knows_when_it_is_due_next():
+    world = World()
+    world.run(1.0)
+    router = world.router
+    router.tick(world.now)
+    dead = min(worker.last_seen for worker in router.workers) + world.config.dead_after_s
+    assert router.due == pytest.approx(dead)
+    router.from_client("client", Submit("r", 1, 0.5), (b"r",), world.now)
+    assert router.due == pytest.approx(world.now + 0.5)
+    router.tick(world.now + 0.5)
+    answers = [sent.message for sent in router.take() if isinstance(sent.message, Refused)]
+    assert [message.reason for message in answers] == ["deadline"]
+    assert router.due > world.now + 0.5
+
+
+def test_a_router_with_nothing_to_do_is_due_when_its_answers_are_old_and_then_no_more():
+    router = RouterCore(RouterConfig(keep_results_s=60.0))
+    router.from_client("client", Submit("r", 1, 0.5), (b"r",), 0.0)
+    assert router.due == 0.5
+    router.tick(0.5)
+    router.tick(1.0)
+    assert router.due == 60.5
+    router.tick(60.5)
+    assert router.due == float("inf")
+    assert again_at(router, 61.0) == [], "it is a new request"
+
+
+def again_at(router, now):
+    router.take()
+    router.from_client("client", Submit("r", 1, 0.5), (b"r",), now)
+    return router.take()
+
+
+def test_a_slot_that_a_dead_worker_may_still_write_to_names_the_workers_engine():
+    world, said = World(), []
+    world.run(1.0)
+    send = world.send
+    world.send = lambda source, to, *what: (said.append((to, what[0])), send(source, to, *what))
+    world.submit("r0")
+    while not any(process.writing for process in world.processes.values()):
+        world.run(world.now + 0.001)
+    (writer,) = [process for process in world.processes.values() if process.writing]
+    engine, (lease,) = writer.engine, writer.writing.values()
+    writer.stopped = True
+    world.run(10.0)
+    released = {(it.slot.lease, it.writer) for _, it in said if isinstance(it, Release)}
+    assert released == {(lease, engine)}
+    assert all(to.startswith("denoiser-") for to, it in said if isinstance(it, Release))
 
 
 def test_a_slot_that_both_sides_lost_sight_of_is_given_back():
@@ -397,12 +523,12 @@ def test_a_slot_that_both_sides_lost_sight_of_is_given_back():
     world.run(1.0)
     worker = world.router.workers.get("denoiser-0")
     slot = next(iter(worker.free.values()))
-    worker.retire(slot, "encoder-0/2")
+    worker.retire(slot, "00000000000000e2")
     world.router.from_worker(
         "denoiser-0", Heartbeat(worker.epoch, 1 << 40, [], [slot]), (), world.now
     )
     assert [sent.message for sent in world.router.take()] == [
-        Release(worker.epoch, slot, "encoder-0/2")
+        Release(worker.epoch, slot, "00000000000000e2")
     ], "whoever may still write there is named again"
     worker.heartbeat = 0
     world.processes["denoiser-0"].memory.free(slot, "")
@@ -448,6 +574,15 @@ def test_a_job_that_is_over_is_not_done_again(worker):
     mind.dropped(2)
     mind.from_router(Work(mind.epoch, 2, "r", 9.0, True), (b"r",), 1.0)
     assert mind.todo() == []
+
+
+def test_a_slot_that_was_taken_is_followed_by_another(worker):
+    mind, slot = worker.mind, next(iter(worker.memory.slots.values()))
+    mind.take()
+    mind.from_router(Work(mind.epoch, 1, "r", 9.0, True, slot), (b"r",), 1.0)
+    ((granted, _),) = mind.take()
+    assert [new.size_bytes for new in granted.slots] == [slot.size_bytes]
+    assert len(worker.memory.slots) == 3
 
 
 def test_a_slot_that_was_given_back_takes_no_job(worker):

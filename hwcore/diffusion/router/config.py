@@ -9,7 +9,10 @@ from hwcore._checks import check_size, is_number
 from hwcore.diffusion.roles import PIPELINE, RoleType
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
-__all__ = ["Policy", "RouterConfig"]
+__all__ = ["MOST_BYTES", "Policy", "RouterConfig"]
+
+MOST_BYTES = 1 << 30
+"""Of the frames of one message; clients and workers take no more from a router."""
 
 Policy: TypeAlias = Literal["round_robin", "max_free_slots"]
 
@@ -27,12 +30,18 @@ class RouterConfig:
         most.
     max_requests : int
         Requests that are not over; a client that submits another is told that the router is busy.
+    max_workers : int
+        One too many is not taken, which the router says in its log.
+    max_input_bytes, max_result_bytes : int
+        The largest of each that is taken, at most 1 GiB.
+    max_waiting_bytes : int
+        Inputs of all requests that are not over; who submits more is told that the router is busy.
     max_rounds : int
         How often a request is begun anew because a worker died or failed.
     heartbeat_s : float
         How often a worker says that it is alive.
     dead_after_s : float
-        Without a word for so long a worker is taken for dead.
+        Without a word for so long a worker is taken for dead, and a client for gone.
     resend_after_s : float
         What got no answer for so long is said again.
     job_timeout_s : float
@@ -46,6 +55,10 @@ class RouterConfig:
     pipeline: tuple[RoleType, ...] = PIPELINE
     policy: Policy = "round_robin"
     max_requests: int = 4096
+    max_workers: int = 1024
+    max_input_bytes: int = 64 << 20
+    max_result_bytes: int = 256 << 20
+    max_waiting_bytes: int = 1 << 30
     max_rounds: int = 3
     heartbeat_s: float = 0.5
     dead_after_s: float = 3.0
@@ -64,8 +77,14 @@ class RouterConfig:
         if self.policy not in ("round_robin", "max_free_slots"):
             expected, fix = "`round_robin` or `max_free_slots`", "Take one of the two"
             raise ArgumentValueError(describe(where, "policy", self.policy, expected, fix))
-        for name, lowest in (("max_requests", 1), ("max_rounds", 1), ("keep_results_bytes", 0)):
-            check_size(where, name, getattr(self, name), lowest, "Pass a count")
+        for field in dataclasses.fields(self):
+            if field.name.startswith("max_"):
+                check_size(where, field.name, getattr(self, field.name), 1, "Pass a count")
+        check_size(where, "keep_results_bytes", self.keep_results_bytes, 0, "Pass a count")
+        for name in ("max_input_bytes", "max_result_bytes"):
+            if getattr(self, name) > MOST_BYTES:
+                fix, got = "Send less in one message, or a file's name", getattr(self, name)
+                raise ArgumentValueError(describe(where, name, got, f"at most {MOST_BYTES}", fix))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not field.name.endswith("_s"):

@@ -5,18 +5,22 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import math
 from typing import TYPE_CHECKING
+
+from hwcore.diffusion.messages import Push, Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hwcore.diffusion.messages import Refused, Result, Slot
     from hwcore.diffusion.roles import RoleType
+    from hwcore.diffusion.router.config import RouterConfig
+    from hwcore.diffusion.router.outbox import Frames
     from hwcore.diffusion.router.workers import Worker
 
-__all__ = ["Answer", "Answers", "Frames", "Key", "Request", "State"]
+__all__ = ["Answer", "Answers", "Key", "Request", "State"]
 
-Frames = tuple[bytes, ...]
 Key = tuple[str, int]
 """A request's id and the client's attempt at it."""
 
@@ -37,6 +41,10 @@ class Request:
 
     Attributes
     ----------
+    since : float
+        When the state began.
+    begun : float
+        When the client asked.
     stages : tuple of RoleType
     stage : int
         The one that runs now.
@@ -52,8 +60,6 @@ class Request:
         Where the input lies; None where it is ``frames``.
     acknowledged : bool
         Whether the worker knows the job.
-    since : float
-        When the state began.
     progress : bool
         Whether its client wants to know.
     resend_at : float
@@ -68,6 +74,7 @@ class Request:
     deadline: float
     stages: tuple[RoleType, ...]
     since: float
+    begun: float
     progress: bool = False
     stage: int = 0
     round: int = 1
@@ -94,18 +101,46 @@ class Request:
         """Whether no stage follows."""
         return self.stage + 1 == len(self.stages)
 
+    def work(self, now: float) -> Work:
+        """Return what its worker is told: to compute."""
+        assert self.worker is not None
+        remaining_s = max(1e-3, self.deadline - now)
+        name, epoch = self.key[0], self.worker.epoch
+        return Work(epoch, self.job, name, remaining_s, self.is_last, self.input_slot)
+
+    def push(self) -> Push:
+        """Return what its worker is told: to write the output to its target."""
+        assert self.worker is not None
+        assert self.target is not None
+        assert self.slot is not None
+        return Push(self.worker.epoch, self.job, self.turn, self.target.address, self.slot)
+
     def enter(self, state: State, now: float) -> None:
         """Change the state."""
         self.state, self.since = state, now
 
+    def due(self, config: RouterConfig) -> float:
+        """Return when something is to be done that no message asks for."""
+        if self.state is State.OVER:
+            return math.inf
+        due = self.deadline
+        if self.state is State.RUNNING:
+            due = min(due, self.since + config.job_timeout_s)
+            if not self.acknowledged:
+                due = min(due, self.resend_at)
+        elif self.state is State.PUSHING:
+            due = min(due, self.since + config.push_timeout_s, self.resend_at)
+        return due
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class Answer:
     """What a client was told in the end."""
 
     client: str
     message: Result | Refused
     frames: Frames
+    said_at: float
     expires: float
 
     @property
@@ -140,11 +175,17 @@ class Answers:
     ) -> None:
         """Keep an answer."""
         self._drop(key)
-        answer = Answer(client, message, tuple(frames), now + self._keep_s)
+        answer = Answer(client, message, tuple(frames), now, now + self._keep_s)
         self._answers[key] = answer
         self._bytes += answer.size_bytes
         while self._bytes > self._keep_bytes or len(self._answers) > self._most:
             self._drop(next(iter(self._answers)))
+
+    @property
+    def due(self) -> float:
+        """When the next answer has been kept long enough."""
+        first = next(iter(self._answers.values()), None)
+        return math.inf if first is None else first.expires
 
     def expire(self, now: float) -> None:
         """Let go of what has been kept long enough."""

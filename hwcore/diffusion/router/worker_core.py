@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
+import math
+from typing import TYPE_CHECKING, Any, assert_never
 
 from hwcore.diffusion.messages import (
     Abort,
@@ -27,78 +28,23 @@ from hwcore.diffusion.messages import (
     Registered,
     Release,
     Reset,
-    Slot,
     Want,
     Work,
 )
+from hwcore.diffusion.router.grants import Grants
+from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hwcore.diffusion.messages import FromRouter
     from hwcore.diffusion.roles import RoleType
+    from hwcore.diffusion.router.outbox import Frames
+from hwcore.diffusion.router.todo import Slots, Todo
 
-__all__ = ["Compute", "Drop", "Restart", "Slots", "Todo", "Transfer", "WorkerCore"]
+__all__ = ["WorkerCore"]
 
-Frames = tuple[bytes, ...]
 _REMEMBERED = 65536  # jobs that are over: `Work` may come late, and must not be done twice
-
-
-class Slots(Protocol):
-    """The memory of a worker, as far as its mind needs it."""
-
-    def grant(self, size_bytes: int) -> Slot | None:
-        """Return a new slot, or None where there is no room now."""
-
-    def consume(self, slot: Slot) -> bool:
-        """Take a slot over for a job; say whether it is one that was granted and not given back."""
-
-    def free(self, slot: Slot, writer: str) -> None:
-        """Give a slot back, at once or when ``writer`` can write no more. Twice is harmless."""
-
-    def granted(self) -> list[Slot]:
-        """Return the slots that hold no job."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """Do a job: its input is ``frames``, or lies in ``slot`` as the manifest in ``frames`` says."""
-
-    job: int
-    request_id: str
-    frames: Frames
-    slot: Slot | None
-    last: bool
-    remaining_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """Push a job's output."""
-
-    job: int
-    turn: int
-    address: str
-    slot: Slot
-
-
-@dataclasses.dataclass(frozen=True)
-class Drop:
-    """Let go of a job, then report :meth:`WorkerCore.dropped`: nothing is written after that."""
-
-    job: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Restart:
-    """Begin again with a new pool at a new address, then report :meth:`WorkerCore.restarted`.
-
-    The router took this worker for dead, and others may still write to the old pool; it must not be
-    the memory of anything else.
-    """
-
-
-Todo: TypeAlias = Compute | Transfer | Drop | Restart
 
 
 class _State(enum.Enum):
@@ -126,8 +72,8 @@ class WorkerCore:
     role : RoleType
     epoch : int
         Higher than at any time before under the worker's name.
-    address : str
-        Of its engine.
+    address, engine : str
+        Of its engine: how others reach it, and its id.
     capacity : int
     pool_bytes : int
     slots : Slots
@@ -140,23 +86,25 @@ class WorkerCore:
         role: RoleType,
         epoch: int,
         address: str,
+        engine: str,
         capacity: int,
         pool_bytes: int,
         slots: Slots,
         sizes: Sequence[int] = (),
     ) -> None:
-        self.role, self.epoch, self.address = role, epoch, address
+        self.role, self.epoch = role, epoch
+        self.address, self.engine = address, engine
         self.draining = False
         self._capacity, self._pool_bytes = capacity, pool_bytes
         self._slots = slots
-        self._sizes: collections.deque[int] = collections.deque(sizes, maxlen=len(sizes))
+        self._grants = Grants(slots, sizes)
         self._heartbeat_s: float | None = None  # unknown to the router
         self._resetting = False
+        self._known = 0
         self._due = 0.0
         self._number = 0
         self._jobs: dict[int, _Job] = {}
         self._over: collections.OrderedDict[int, None] = collections.OrderedDict()
-        self._wanted: collections.deque[int] = collections.deque()
         self._outbox: list[tuple[Any, Frames]] = []
         self._todo: list[Todo] = []
 
@@ -173,6 +121,21 @@ class WorkerCore:
         return taken
 
     @property
+    def is_registered(self) -> bool:
+        """Whether the router knows it."""
+        return self._heartbeat_s is not None and not self._resetting
+
+    @property
+    def heartbeat_s(self) -> float | None:
+        """How often it says that it is alive; None before it is registered."""
+        return self._heartbeat_s
+
+    @property
+    def due(self) -> float:
+        """When :meth:`tick` is to be called, at the latest."""
+        return math.inf if self._resetting else self._due
+
+    @property
     def is_idle(self) -> bool:
         """Whether it has no job."""
         return not self._jobs
@@ -184,8 +147,8 @@ class WorkerCore:
             return
         if self._heartbeat_s is None:
             self._due = now + 0.2
-            said = (self.role, self.epoch, self.address, self._capacity, self._pool_bytes)
-            self._send(Register(*said, self._slots.granted()))
+            place = (self.address, self.engine, self._capacity, self._pool_bytes)
+            self._send(Register(self.role, self.epoch, *place, self._slots.granted()))
             return
         self._due = now + self._heartbeat_s
         self._number += 1
@@ -204,7 +167,7 @@ class WorkerCore:
             if self._heartbeat_s is None:
                 self._heartbeat_s, self._due = message.heartbeat_s, now
         elif isinstance(message, Reset):
-            self.reset()
+            self.reset(message.known)
         elif isinstance(message, Work):
             self._work(message, tuple(frames))
         elif isinstance(message, Push):
@@ -214,8 +177,7 @@ class WorkerCore:
         elif isinstance(message, Abort):
             self._abort(message.job)
         elif isinstance(message, Want):
-            if message.size_bytes not in self._wanted:
-                self._wanted.append(message.size_bytes)
+            self._grants.want(message.size_bytes)
             self.grant()
         elif isinstance(message, Release):
             self._slots.free(message.slot, message.writer)
@@ -225,20 +187,25 @@ class WorkerCore:
         else:
             assert_never(message)
 
-    def reset(self) -> None:
-        """Begin again under a new epoch: the router knows nothing of the jobs, nor of the slots."""
+    def reset(self, known: int = 0) -> None:
+        """Begin again under a new epoch: the router knows nothing of the jobs, nor of the slots.
+
+        ``known`` is an epoch that the new one has to be above.
+        """
         if self._resetting:
             return
+        self._known = known
         self._resetting = True
-        self._wanted.clear()
+        self._grants.forget_wanted()
         for number in list(self._jobs):
             self._abort(number)
         self._restart_if_idle()
 
-    def restarted(self, address: str, slots: Slots) -> None:
-        """Report the new pool and its address."""
-        self.address, self._slots = address, slots
-        self.epoch += 1
+    def restarted(self, address: str, engine: str, slots: Slots) -> None:
+        """Report the new pool, and its engine."""
+        self.address, self.engine = address, engine
+        self._slots = self._grants.slots = slots
+        self.epoch = max(self.epoch, self._known) + 1
         self._heartbeat_s, self._due, self._number = None, 0.0, 0
         self._resetting = False
 
@@ -256,7 +223,8 @@ class WorkerCore:
             self.failed(job, text, retryable=True)
             return
         if message.slot is not None:
-            self._sizes.append(message.slot.size_bytes)
+            self._grants.used(message.slot.size_bytes)
+            self.grant()  # another in its place: the next output need not wait for a heartbeat
         self._todo.append(
             Compute(
                 job,
@@ -349,27 +317,11 @@ class WorkerCore:
     # --- Slots ---
 
     def grant(self) -> None:
-        """Grant what there is room for: call it when memory has become free.
-
-        First what the router wants, in the order in which it asked: a large slot is not put off by
-        small ones.
-        """
-        if self._resetting:
-            return
-        granted = []
-        while self._wanted and not self.draining:
-            slot = self._slots.grant(self._wanted[0])
-            if slot is None:
-                break
-            granted.append(slot)
-            self._wanted.popleft()
-        if not self._wanted and not self.draining:
-            missing = collections.Counter(self._sizes)
-            missing.subtract(slot.size_bytes for slot in self._slots.granted())
-            slots = map(self._slots.grant, missing.elements())
-            granted += [slot for slot in slots if slot is not None]
-        if granted and self._heartbeat_s is not None:
-            self._send(Granted(self.epoch, granted))
+        """Grant what there is room for: call it when memory has become free."""
+        if not self._resetting and not self.draining:
+            granted = self._grants.made()
+            if granted and self._heartbeat_s is not None:
+                self._send(Granted(self.epoch, granted))
 
     def _is_over(self, number: int) -> None:
         self._over[number] = None

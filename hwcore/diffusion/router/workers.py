@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Worker", "Workers"]
 
 _REMEMBERED = 16384  # leases that are over: a message that is late may name one
+_GRANTED = 16384
 _SIZES = 1024
 
 
@@ -25,12 +26,14 @@ class Worker:
 
     Attributes
     ----------
+    address, engine : str
+        How others' engines reach its own, and know it.
     free : dict of int to Slot
         Granted, and promised to nobody, by lease.
     used : dict of int to Slot
         Promised to a job of which the worker knows nothing yet.
     over : dict of int to str
-        Leases that are neither any more, and who may still write there; empty if none may.
+        Leases that are neither any more, and the engine that may still write there, if any.
     jobs : set of int
         What it computes, or will: outputs on their way to it count.
     wanted : dict of int to float
@@ -41,6 +44,7 @@ class Worker:
     role: RoleType
     epoch: int
     address: str
+    engine: str
     capacity: int
     pool_bytes: int
     last_seen: float
@@ -60,6 +64,8 @@ class Worker:
     def grant(self, slots: Iterable[Slot]) -> None:
         """Take note of slots."""
         for slot in slots:
+            if len(self.free) >= _GRANTED:
+                return  # a heartbeat lists the others when there is room for them
             if not any(slot.lease in leases for leases in (self.free, self.used, self.over)):
                 self.free[slot.lease] = slot
 
@@ -149,6 +155,15 @@ class Workers:
         worker = self._choose(fits)
         slot = worker.fitting(size_bytes) if worker else None
         return (worker, slot) if worker and slot else None
+
+    def largest_free(self, role: RoleType) -> int | None:
+        """Return the largest slot that could take an output now; -1 if there is none.
+
+        None where nobody takes a job, whatever its slots.
+        """
+        takers = [worker for worker in self.of(role) if worker.takes_jobs]
+        sizes = (slot.size_bytes for worker in takers for slot in worker.free.values())
+        return max(sizes, default=-1) if takers else None
 
     def _willing(self, role: RoleType, avoided: Collection[str]) -> list[Worker]:
         workers = self.of(role)
