@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "LeaseTable", "PoolStats", "stale", "too_small"]
 
 _WIRE = struct.Struct("<II")
+_GENERATIONS = 2**31  # so that a name is an int of 63 bits, which messages hold
 
 
 class Lease:
@@ -179,7 +180,7 @@ class LeaseTable:
             slot = self._unused.pop()
         else:
             slot = len(self._generations)
-            self._generations.append(secrets.randbits(32))  # so that none can be guessed
+            self._generations.append(secrets.randbelow(_GENERATIONS))  # so that none can be guessed
         identity = slot, self._generations[slot]
         lease = self.live[slot] = Lease(pool, identity, offset, size_bytes, request_id)
         return lease
@@ -221,7 +222,7 @@ class LeaseTable:
         for lease in settled:
             slot = lease._identity[0]
             del self.live[slot], self.leaving[slot]
-            self._generations[slot] = (self._generations[slot] + 1) % 2**32
+            self._generations[slot] = (self._generations[slot] + 1) % _GENERATIONS
             self._unused.append(slot)
             if lease.size_bytes:
                 self.allocator.free(lease.offset)

@@ -112,6 +112,17 @@ class TransferTensorBuffer(LeasedMemory):
         """
         where = "write_tensors_from_device"
         manifest, tensors = manifest_of(tree, self._enums, where)
+        return self.write_tensors(where, lease, manifest, tensors, stream)
+
+    def write_tensors(
+        self,
+        where: str,
+        lease: Lease,
+        manifest: Manifest,
+        tensors: Sequence[torch.Tensor],
+        stream: Stream | None,
+    ) -> Written:
+        """Write what ``manifest_of`` returned; ``where`` speaks in errors."""
         with self._using(where, lease) as base:
             if manifest.size_bytes > lease.size_bytes:
                 raise too_small(where, "manifest.size_bytes", manifest.size_bytes, lease)

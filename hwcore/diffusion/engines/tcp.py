@@ -80,7 +80,7 @@ class TcpEngine(HostEngine):
     def _serve(self, connection: socket.socket) -> None:
         _tune(connection)
         session = accept(connection, self._settings.token, self.name, self.id)
-        with self._writer(session):
+        with self._writer(session, connection):
             welcome(connection, session, Welcome(self.size_bytes))
             sequence = 0
             while self._take(connection, session.key, sequence):
