@@ -14,7 +14,14 @@ from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["TensorWrapper", "copy_to_host", "host_alias", "in_memory_order", "tell_sanitizer", "tensor_over"]
+__all__ = [
+    "TensorWrapper",
+    "copy_to_host",
+    "host_alias",
+    "in_memory_order",
+    "tell_sanitizer",
+    "tensor_over",
+]
 
 
 class TensorWrapper(np.ndarray):

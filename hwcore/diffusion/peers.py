@@ -49,7 +49,7 @@ class Peers:
 
     @contextlib.contextmanager
     def using(self, address: str, deadline: Deadline) -> Iterator[Peer]:
-        """Give the peer at an address; one that is dead afterwards is dropped.
+        """Give the peer at an address; where the block raises, one that is dead is dropped.
 
         Who connects elsewhere does not wait for it; who wants the same peer shares it.
 
@@ -65,16 +65,19 @@ class Peers:
             # An address of the wrong type is refused by the engine.
             entry = self._entries.setdefault(address, _Entry())
             entry.users += 1
+        failed = True
         try:
             yield self._connected(entry, address, deadline)
+            failed = False
         finally:
             with self._lock:
                 entry.users -= 1
-            self.drop_dead()
+            if failed:
+                self.drop_dead()
 
     def drop_dead(self) -> None:
         """Let go of peers that are gone, whose memory may still be mapped, and of too many."""
-        dropped = []
+        dropped: list[Peer | None] = []
         with self._lock:
             for address, entry in list(self._entries.items()):
                 if entry.peer is not None and not entry.peer.alive:
@@ -83,8 +86,8 @@ class Peers:
                 if entry.peer is None and not entry.users:
                     del self._entries[address]
             idle = [address for address, entry in self._entries.items() if not entry.users]
-            for address in idle[: max(0, len(idle) - _IDLE_AT_MOST)]:
-                dropped.append(self._entries.pop(address).peer)
+            too_many = idle[: max(0, len(idle) - _IDLE_AT_MOST)]
+            dropped += [self._entries.pop(address).peer for address in too_many]
         for peer in dropped:
             if peer is not None:
                 peer.close()

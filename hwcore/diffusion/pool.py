@@ -14,7 +14,7 @@ from hwcore.diffusion.tree import unflatten
 from hwcore.errors import ArgumentValueError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -194,8 +194,25 @@ class TransferTensorBuffer(LeasedMemory):
         Host sync: only for views of host memory that a stream has written.
         """
         where = "read_tensors_from_manifest"
-        with self._using(where, lease) as base:
+
+        def check(base: torch.Tensor) -> None:
             check_manifest(manifest, lease.written_bytes, where)
+
+        return self.read_tensors(where, lease, manifest, check, device, stream, clone)
+
+    def read_tensors(
+        self,
+        where: str,
+        lease: Lease,
+        manifest: Manifest,
+        check: Callable[[torch.Tensor], None],
+        device: torch.device | str | None,
+        stream: Stream | None,
+        clone: bool,
+    ) -> Loaded:
+        """Read what ``check`` admits, which is called with the whole range and raises if not."""
+        with self._using(where, lease) as base:
+            check(base)
             tensors, event = self._io.read(
                 where, lease, base, manifest.layout, device, stream, clone
             )

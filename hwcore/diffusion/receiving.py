@@ -6,16 +6,16 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
-import torch
-
 from hwcore._checks import check_instance, check_size
-from hwcore.diffusion.checksum import checksum
+from hwcore.diffusion.checksum import Digest
 from hwcore.diffusion.host import tell_sanitizer
 from hwcore.diffusion.messages import Slot
 from hwcore.diffusion.seal import unseal
 from hwcore.errors import ArgumentTypeError, LeaseError, PeerError, describe
 
 if TYPE_CHECKING:
+    import torch
+
     from hwcore.diffusion.engines import Engine
     from hwcore.diffusion.leases import Lease
     from hwcore.diffusion.pool import Loaded, TransferTensorBuffer
@@ -32,7 +32,9 @@ class _Held:
 
 
 class ReceiveSlots:
-    """The slots of a pool that others write. All methods may be called from any thread.
+    """What :class:`DiffusionTransferManager` is to a router: the slots that it has granted.
+
+    All methods may be called from any thread.
 
     Parameters
     ----------
@@ -44,7 +46,8 @@ class ReceiveSlots:
     """
 
     def __init__(self, pool: TransferTensorBuffer, engine: Engine, *, is_checked: bool) -> None:
-        self._pool, self._engine, self._is_checked = pool, engine, is_checked
+        self.pool = pool
+        self._engine, self._is_checked = engine, is_checked
         self._lock = threading.Lock()
         self._held: dict[int, _Held] = {}
         self._writers: set[str] = set()  # for which slots are quarantined
@@ -59,7 +62,7 @@ class ReceiveSlots:
             If the pool could never hold as much.
         """
         check_size("grant", "size_bytes", size_bytes, 0, "Pass what size_of() said of the tree")
-        lease = self._pool.allocate_now(size_bytes, "a receive slot")
+        lease = self.pool.allocate_now(size_bytes, "a receive slot")
         if lease is None:
             return None
         slot = Slot(int.from_bytes(bytes(lease), "little"), lease.offset, size_bytes)
@@ -97,10 +100,10 @@ class ReceiveSlots:
                 return
             # First, for it raises where there is no such writer: nothing has changed then.
             if writer and self._engine.refuse(writer):
-                self._pool.quarantine(held.lease, writer)
+                self.pool.quarantine(held.lease, writer)
                 self._writers.add(writer)
             del self._held[slot.lease]
-            self._pool.free(held.lease)
+            self.pool.free(held.lease)
 
     def finish(self, slot: Slot) -> None:
         """Give back a slot that a job had taken over.
@@ -118,9 +121,9 @@ class ReceiveSlots:
                 return
             lease = self._consumed("finish", slot).lease
             del self._held[slot.lease]
-            self._pool.free(lease)
+            self.pool.free(lease)
 
-    def load(
+    def _load(
         self,
         where: str,
         slot: Slot,
@@ -133,32 +136,34 @@ class ReceiveSlots:
         with self._lock:
             lease = self._consumed(where, slot).lease
         manifest, summed = unseal(seal, lease.size_bytes, where)
-        lease.mark_received(manifest.size_bytes)
-        if self._is_checked:
-            with self._pool._using(where, lease) as base:
-                _check_sum(where, slot, base[: manifest.size_bytes], summed)
-        return self._pool.read_tensors_from_manifest(lease, manifest, device, stream, clone=clone)
 
-    def settle(self) -> None:
+        def check(base: torch.Tensor) -> None:
+            lease.written_bytes = manifest.size_bytes
+            if self._is_checked:
+                _check_sum(where, slot, base[: manifest.size_bytes], summed)
+
+        return self.pool.read_tensors(where, lease, manifest, check, device, stream, clone)
+
+    def _settle_slots(self) -> None:
         """Take back the quarantined slots of writers that can write no more."""
         with self._lock:
             for writer in list(self._writers):
                 if not self._engine.refuse(writer):
                     self._writers.discard(writer)
-                    self._pool.release_all(writer)
+                    self.pool.release_all(writer)
 
-    def close(self) -> None:
+    def _close_slots(self) -> None:
         """Give everything back: nobody is connected to the engine any more."""
         with self._lock:
             self._is_closed = True
             held, self._held = self._held, {}
             writers, self._writers = self._writers, set()
         for one in held.values():
-            self._pool.free(one.lease)
+            self.pool.free(one.lease)
         for writer in writers:
-            self._pool.release_all(writer)
+            self.pool.release_all(writer)
 
-    def counts(self) -> tuple[int, int, int]:
+    def _slot_counts(self) -> tuple[int, int, int]:
         """Return how many slots are granted and consumed, and how many writers quarantine some."""
         with self._lock:
             consumed = sum(held.consumed for held in self._held.values())
@@ -193,7 +198,9 @@ def _check_sum(where: str, slot: Slot, content: torch.Tensor, summed: int | None
         fix = "Make both managers with checksum=True, or both without"
         raise PeerError(describe(where, "checksum of the seal", summed, expected, fix))
     tell_sanitizer("checksum", [content])
-    found = checksum(content)
+    digest = Digest()
+    digest.add(content)
+    found = digest.value
     if found != summed:
         message = (
             f"{where}: {slot} holds {content.numel()} bytes with the checksum {found:#x}; expected "

@@ -1,4 +1,4 @@
-"""The seal of a transfer: what the receiver needs to read a slot, and to know that all of it came."""
+"""The seal of a transfer: what its receiver needs to read a slot, and to know that all came."""
 
 from __future__ import annotations
 

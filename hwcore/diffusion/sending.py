@@ -135,9 +135,7 @@ class Sender:
 
     # --- Pushing ---
 
-    def push(
-        self, where: str, staged: Staged, address: str, slot: Slot, timeout_s: float
-    ) -> bytes:
+    def push(self, where: str, staged: Staged, address: str, slot: Slot, timeout_s: float) -> bytes:
         """Write a staged tree into a slot of a peer, and return its seal."""
         deadline = Deadline(where, timeout_s)
         check_slot(where, slot)

@@ -60,7 +60,7 @@ class TransferStats:
     pushed_bytes: int
 
 
-class DiffusionTransferManager:
+class DiffusionTransferManager(ReceiveSlots):
     """Stages, pushes and loads trees of tensors. All methods may be called from any thread.
 
     The sender writes a tree into a slot that the receiver has granted, and gets a *seal*: bytes
@@ -117,17 +117,15 @@ class DiffusionTransferManager:
             raise ArgumentTypeError(describe(where, "checksum", checksum, "a bool", fix))
         check_size(where, "chunk_bytes", chunk_bytes, 64, "Pass some MiB")
         Deadline(where, connect_timeout_s)
-        self._engine, self._enums = engine, enums
-        self._backend = backend or current_backend()
+        self._enums, self._backend = enums, backend or current_backend()
+        pool = TransferTensorBuffer(engine.memory, self._backend, enums=enums)
+        super().__init__(pool, engine, is_checked=checksum)
         self.address, self.engine_id = engine.address, engine.id
-        self.pool = TransferTensorBuffer(engine.memory, self._backend, enums=enums)
-        self.size_bytes = self.pool.size_bytes
+        self.size_bytes = pool.size_bytes
         self._peers = Peers(engine, connect_timeout_s)
         self._sender = Sender(
-            self.pool, self._backend, self._peers, enums, is_summed=checksum,
-            chunk_bytes=chunk_bytes,
-        )  # fmt: skip
-        self._slots = ReceiveSlots(self.pool, engine, is_checked=checksum)
+            pool, self._backend, self._peers, enums, is_summed=checksum, chunk_bytes=chunk_bytes
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -298,49 +296,7 @@ class DiffusionTransferManager:
         check_timeout("abort", timeout_s)
         return self._sender.abort(request_id, timeout_s)
 
-    # --- Receiving ---
-
-    def grant(self, size_bytes: int) -> Slot | None:
-        """Return a new receive slot, or None where there is no room now; never wait.
-
-        Raises
-        ------
-        ArgumentTypeError, ArgumentValueError
-            If the pool could never hold as much.
-        """
-        return self._slots.grant(size_bytes)
-
-    def granted(self) -> list[Slot]:
-        """Return the slots that no job has taken over."""
-        return self._slots.granted()
-
-    def consume(self, slot: Slot) -> bool:
-        """Take a slot over for a job; False where it was not granted, or not any more."""
-        return self._slots.consume(slot)
-
-    def free(self, slot: Slot, writer: str = "") -> None:
-        """Give a granted slot back; nothing happens with any other.
-
-        Parameters
-        ----------
-        writer : str
-            Id of the engine of a worker that is dead or does not answer, and may still write here;
-            empty if none may. The engine takes no connection of it any more, and the memory is
-            reused when it can write no more (see :meth:`settle`).
-        """
-        self._slots.free(slot, writer)
-
-    def finish(self, slot: Slot) -> None:
-        """Give back a slot that a job had taken over.
-
-        Its memory is reused when no tensor views it any more, and streams have done what they had.
-
-        Raises
-        ------
-        LeaseError
-            If no job has it.
-        """
-        self._slots.finish(slot)
+    # --- Receiving: slots are ReceiveSlots' ---
 
     def load_tensors(
         self,
@@ -378,7 +334,7 @@ class DiffusionTransferManager:
         -----
         Host sync: waits for the copies.
         """
-        loaded = self._slots.load("load_tensors", slot, seal, device, None, clone)
+        loaded = self._load("load_tensors", slot, seal, device, None, clone)
         self._backend.synchronize_event(loaded.event)
         return loaded.tree
 
@@ -399,7 +355,7 @@ class DiffusionTransferManager:
             (tree, event). Wait for the event before the tensors are used on another stream, or by
             the host. ``finish`` need not wait for it.
         """
-        return self._slots.load("load_tensors_async", slot, seal, device, stream, clone)
+        return self._load("load_tensors_async", slot, seal, device, stream, clone)
 
     # --- Ends ---
 
@@ -409,14 +365,14 @@ class DiffusionTransferManager:
         That is slots whose writers can write no more, and connections to peers that are gone,
         whose memory would else stay mapped here.
         """
-        self._slots.settle()
+        self._settle_slots()
         self._peers.drop_dead()
 
     def stats(self) -> TransferStats:
         """Return what there is, and what has been done."""
         staged, pushed_bytes = self._sender.counts()
         running = len(self._sender.running)
-        slots = self._slots.counts()
+        slots = self._slot_counts()
         return TransferStats(
             self.pool.stats(), staged, running, *slots, len(self._peers), pushed_bytes
         )
@@ -438,5 +394,5 @@ class DiffusionTransferManager:
         check_timeout("DiffusionTransferManager.close", timeout_s)
         self._sender.close(timeout_s)
         self._engine.close()
-        self._slots.close()
+        self._close_slots()
         self.pool.close(timeout_s)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from hwcore.diffusion.checksum import Digest
 from hwcore.diffusion.host import copy_to_host, tell_sanitizer
 from hwcore.diffusion.layout import LARGE_BYTES, by_place
 from hwcore.diffusion.views import is_plain, plain
@@ -18,6 +17,7 @@ from hwcore.diffusion.views import is_plain, plain
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from hwcore.diffusion.checksum import Digest
     from hwcore.diffusion.layout import Layout, TensorEntry
 
 __all__ = ["Part", "parts_of", "write_part", "write_part_summed"]
