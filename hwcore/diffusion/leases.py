@@ -164,7 +164,7 @@ class LeaseTable:
 
     def __init__(self, backend: Backend, memory: torch.Tensor) -> None:
         self._backend = backend
-        self._memory = memory
+        self.memory = memory
         self.allocator = RangeAllocator(memory.numel())
         self.live: dict[int, Lease] = {}  # by slot; freed ones too, until their memory is free
         self.leaving: dict[int, Lease] = {}  # the freed ones
@@ -200,11 +200,11 @@ class LeaseTable:
         reaches beyond.
         """
         if lease._base is None:
-            start = self._memory.storage_offset() + lease.offset
+            start = self.memory.storage_offset() + lease.offset
             with torch.inference_mode(False):  # else it could be written in that mode alone
-                empty = torch.empty(0, dtype=torch.uint8, device=self._memory.device)
+                empty = torch.empty(0, dtype=torch.uint8, device=self.memory.device)
                 if lease.size_bytes:
-                    whole = self._memory.untyped_storage()
+                    whole = self.memory.untyped_storage()
                     empty.set_(whole[start : start + lease.size_bytes])
             lease._base = empty
         return lease._base

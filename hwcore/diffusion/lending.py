@@ -142,6 +142,16 @@ class LeasedMemory:
                 if not lease._freed and request_id in (None, lease.request_id)
             ]
 
+    def untracked(self, lease: Lease) -> torch.Tensor:
+        """Return a lease's range as a view that does not keep it; for its holder, while it is one.
+
+        A tracked one (``Lease.memory``) would live on in the traceback of an error, and with it the
+        range would be kept for as long as somebody has the error.
+        """
+        with self._lock:
+            self._check("TransferTensorBuffer.untracked", lease)
+            return self._table.memory[lease.offset : lease.offset + lease.size_bytes]
+
     def quarantine(self, lease: Lease, holder: str) -> None:
         """Keep a lease's range from reuse until ``release``, whether the lease is freed or not.
 

@@ -14,7 +14,7 @@ from hwcore.diffusion.tree import unflatten
 from hwcore.errors import ArgumentValueError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -194,25 +194,25 @@ class TransferTensorBuffer(LeasedMemory):
         Host sync: only for views of host memory that a stream has written.
         """
         where = "read_tensors_from_manifest"
-
-        def check(base: torch.Tensor) -> None:
+        with self._using(where, lease) as base:
             check_manifest(manifest, lease.written_bytes, where)
+            tensors, event = self._io.read(
+                where, lease, base, manifest.layout, device, stream, clone
+            )
+        return Loaded(unflatten(manifest.structure, tensors, self._enums, where), event)
 
-        return self.read_tensors(where, lease, manifest, check, device, stream, clone)
-
-    def read_tensors(
+    def read_received(
         self,
         where: str,
         lease: Lease,
         manifest: Manifest,
-        check: Callable[[torch.Tensor], None],
         device: torch.device | str | None,
         stream: Stream | None,
         clone: bool,
     ) -> Loaded:
-        """Read what ``check`` admits, which is called with the whole range and raises if not."""
+        """Read what a peer has written; the caller has checked that the manifest fits."""
         with self._using(where, lease) as base:
-            check(base)
+            lease.written_bytes = manifest.size_bytes
             tensors, event = self._io.read(
                 where, lease, base, manifest.layout, device, stream, clone
             )

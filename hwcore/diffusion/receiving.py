@@ -136,13 +136,10 @@ class ReceiveSlots:
         with self._lock:
             lease = self._consumed(where, slot).lease
         manifest, summed = unseal(seal, lease.size_bytes, where)
-
-        def check(base: torch.Tensor) -> None:
-            lease.written_bytes = manifest.size_bytes
-            if self._is_checked:
-                _check_sum(where, slot, base[: manifest.size_bytes], summed)
-
-        return self.pool.read_tensors(where, lease, manifest, check, device, stream, clone)
+        if self._is_checked:
+            content = self.pool.untracked(lease)[: manifest.size_bytes]
+            _check_sum(where, slot, content, summed)
+        return self.pool.read_received(where, lease, manifest, device, stream, clone)
 
     def _settle_slots(self) -> None:
         """Take back the quarantined slots of writers that can write no more."""

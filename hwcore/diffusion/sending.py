@@ -145,8 +145,8 @@ class Sender:
             self._peer(where, address, slot, staged.size_bytes, deadline) as peer,
         ):
             run.check()
-            payload = staged._lease.payload  # the host has waited for it
-            tell_sanitizer(where, [payload])
+            tell_sanitizer(where, [staged._lease.payload])  # for which the host has waited
+            payload = self._pool.untracked(staged._lease)[: staged.size_bytes]
             if self._is_summed and staged._checksum is None:
                 digest = Digest()
                 digest.add(payload)

@@ -113,7 +113,7 @@ class Way:
         ):
             if worker is not None:
                 lease.record_stream(worker)  # this may end with copies under way
-            base, pushing = lease.memory, None
+            base, pushing = pool.untracked(lease), None
             for number, part in enumerate(parts_of(self._layout, self._tensors, chunk_bytes)):
                 run.check()
                 start = number % 2 * stride + part.start % _ALIGNMENT
