@@ -16,7 +16,6 @@ class LoopEngine:
     """A pool; ``is_mapped`` says whether peers see it, as with `shm`, or send to it."""
 
     name = "loop"
-    dropped = {}
 
     def __init__(self, hw, size_bytes, is_mapped):
         self.id = f"{next(_numbers):016x}"

@@ -32,14 +32,18 @@ def _of_the_host_alone(once):
 def send(sender, receiver, tree, how="send", request_id="a request"):
     """Bring a tree into a slot that a job has; return slot and seal."""
     slot = receiver.grant(sender.size_of(tree))
-    if how == "send":
-        seal = sender.send_tensors(request_id, tree, receiver.address, slot, timeout_s=10)
-    else:
-        staged = sender.stage_tensors(request_id, tree)
-        seal = sender.push_to_peer(staged, receiver.address, slot, 10)
-        staged.free()
+    seal = push(sender, tree, receiver.address, slot, how, request_id)
     assert receiver.consume(slot)
     return slot, seal
+
+
+def push(sender, tree, address, slot, how, request_id="r"):
+    if how == "send":
+        return sender.send_tensors(request_id, tree, address, slot, timeout_s=10)
+    staged = sender.stage_tensors(request_id, tree)
+    seal = sender.push_to_peer(staged, address, slot, 10)
+    staged.free()
+    return seal
 
 
 @pytest.fixture(params=["send", "push"])
@@ -50,17 +54,18 @@ def how(request):
 
 # --- What arrives ---------------------------------------------------------------------------------
 
+F32, C128 = torch.float32, torch.complex128
 TREES = {
-    "large and small": lambda: {"a": filled(torch.float32, (300, 101)), "b": [filled(torch.int64, ()), None]},
+    "large and small": lambda: {"a": filled(F32, (300, 101)), "b": [filled(torch.int64, ()), None]},
     "no tensor": lambda: {"text": "x", "number": 3},
     "empty tensor": lambda: [torch.empty(0, 3)],
     "transposed slice": lambda: filled(torch.bfloat16, (200, 300)).t()[::3],
     "expanded": lambda: filled(torch.float32, (1, 500)).expand(70, 500),
-    "channels last": lambda: filled(torch.float16, (2, 30, 40, 5)).to(memory_format=torch.channels_last),
+    "channels last": lambda: filled(F32, (2, 3, 40, 50)).to(memory_format=torch.channels_last),
     "lazily conjugated": lambda: filled(torch.complex64, (90, 91)).conj(),
     "conjugated in its own order": lambda: filled(torch.complex128, (90, 31)).t().conj(),
     "bytes at odd places": lambda: [filled(torch.uint8, (n,)) for n in (5001, 40003, 7, 16387)],
-    "bytes before words": lambda: [filled(torch.uint8, (16385,)), filled(torch.complex128, (2000,))],
+    "bytes before words": lambda: [filled(torch.uint8, (16385,)), filled(C128, (2000,))],
     "one long row": lambda: filled(torch.uint8, (1, 1, 100_001))[:, :, 1:],
     "wide rows of a view": lambda: filled(torch.float64, (3, 9000))[:, ::2],
     "many small": lambda: [filled(torch.uint8, (64,), seed=n) for n in range(1000)],
@@ -177,7 +182,8 @@ def test_a_view_that_outlives_its_slot_keeps_the_memory_from_others(pair):
     assert receiver.grant(64) is None
     assert view.sum() == whole.numel()
     del view
-    assert (again := receiver.grant(64)) is not None
+    again = receiver.grant(64)
+    assert again is not None
     receiver.free(again)
 
 
@@ -380,11 +386,7 @@ def test_what_is_larger_than_the_slot_is_not_sent(pair, how):
     slot, neighbour = receiver.grant(64), receiver.grant(64)
     tree = torch.ones(5000)
     with pytest.raises(ArgumentValueError, match="at most 64"):
-        if how == "send":
-            sender.send_tensors("r", tree, receiver.address, slot)
-        else:
-            with_staged = sender.stage_tensors("r", tree)
-            sender.push_to_peer(with_staged, receiver.address, slot, 5)
+        push(sender, tree, receiver.address, slot, how)
     sender.abort("r")
     assert not receiver._engine.memory.any()
     receiver.free(slot)
@@ -398,10 +400,7 @@ def test_what_is_larger_than_the_slot_is_not_sent(pair, how):
 def test_a_slot_that_cannot_be_at_the_peer_is_refused(pair, how, slot):
     sender, receiver = pair
     with pytest.raises((ArgumentTypeError, ArgumentValueError)):
-        if how == "send":
-            sender.send_tensors("r", torch.ones(3), receiver.address, slot)
-        else:
-            sender.push_to_peer(sender.stage_tensors("r", torch.ones(3)), receiver.address, slot, 5)
+        push(sender, torch.ones(3), receiver.address, slot, how)
     sender.abort("r")
     assert not receiver._engine.memory.any()
 

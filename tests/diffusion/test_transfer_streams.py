@@ -95,7 +95,7 @@ def test_no_device_is_needed_at_the_time_of_making(hw, manager, monkeypatch):
 def whole_way(hw, sender, receiver, straight):
     """Compute, stage or send on a side stream, load on another, compute; then reuse the slot."""
     side, other = hw.create_stream(), hw.create_stream()
-    slots, totals = [], []
+    totals = []
     for turn in (1.0, 2.0):
         x = torch.zeros(COUNT, device=hw.device())
         x += turn  # on the current stream
@@ -105,15 +105,14 @@ def whole_way(hw, sender, receiver, straight):
         else:
             staged = sender.stage_tensors_async("r", x, stream=side)
         del x
-        with hw.stream_context(hw.current_stream()):
-            torch.zeros(COUNT, device=hw.device())  # would get its memory
+        torch.zeros(COUNT, device=hw.device())  # would get its memory
+        hw.synchronize_stream(hw.current_stream())
         if not straight:
             seal = sender.push_to_peer(staged, receiver.address, slot, 10)
             staged.free()
         assert receiver.consume(slot)
         tree, event = receiver.load_tensors_async(slot, seal, hw.device(), other)
         receiver.finish(slot)
-        slots.append(slot.offset)
         # The next tenant writes as soon as it may.
         following = receiver.stage_tensors("next", torch.full((COUNT,), 7.0))
         hw.wait_event(event)
@@ -140,14 +139,27 @@ def broken(hw, hook, answer):
         setattr(hw, hook, kept)
 
 
-# What is taken out: on which way it is seen, and what the report says.
+# What is taken out, and what the report says is missing.
 WAITS = {
-    "the side stream for the current one": ("wait_stream", None, [False, True]),
-    "the host for what was staged": ("synchronize_event", None, [False, True]),
-    "the source's memory for the side stream": ("record_stream", None, [False]),
-    "the slot's memory for the load": ("query_event", True, [False, True]),
+    "the side stream for the current one": ("wait_stream", None, "`side` never waited for"),
+    "the host for what was staged": ("synchronize_event", None, "the host never waited for `side`"),
+    "the source's memory for the side stream": ("record_stream", None, "Call backend.record_str"),
+    "the slot's memory for the load": ("query_event", True, ""),
 }
-CASES = [(name, straight) for name, (_, _, ways) in WAITS.items() for straight in ways]
+REPORTED = [
+    ("the side stream for the current one", False),
+    ("the side stream for the current one", True),
+    ("the host for what was staged", False),
+    ("the host for what was staged", True),
+    ("the source's memory for the side stream", False),
+]
+# A range's tenants are strangers to the sanitizer (tests/races has that race). What is staged is
+# copied when the push waits for it, and the program has waited for the current stream by then.
+WRONG = [
+    *REPORTED[1:],
+    ("the slot's memory for the load", False),
+    ("the slot's memory for the load", True),
+]
 
 
 @pytest.fixture
@@ -172,7 +184,7 @@ def outcome_without(hw, pair):
     return run
 
 
-@pytest.mark.parametrize(("name", "straight"), CASES)
+@pytest.mark.parametrize(("name", "straight"), REPORTED)
 @pytest.mark.parametrize("policy", ["lazy", "eager", "random:1"])
 @pytest.mark.usefixtures("device")
 def test_a_wait_that_is_taken_out_is_reported(hw, outcome_without, name, straight, policy):
@@ -183,11 +195,11 @@ def test_a_wait_that_is_taken_out_is_reported(hw, outcome_without, name, straigh
             stack.enter_context(device.drain_policy(policy))
         sanitizer = stack.enter_context(Sanitizer(hw, on_race="collect"))
         outcome_without(name, straight)
-    print(name, {race.kind for race in sanitizer.races}, [race.missing_edge for race in sanitizer.races][:2])
-    assert sanitizer.races
+    edges = [race.missing_edge for race in sanitizer.races]
+    assert any(WAITS[name][2] in edge for edge in edges), edges
 
 
-@pytest.mark.parametrize(("name", "straight"), CASES)
+@pytest.mark.parametrize(("name", "straight"), WRONG)
 @pytest.mark.usefixtures("late")
 def test_without_it_values_are_wrong_where_work_runs_late(hw, outcome_without, name, straight):
     if hw.info.name != "sim":
