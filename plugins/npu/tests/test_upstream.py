@@ -13,12 +13,12 @@ import torch
 import hwcore
 from hwcore.cpu import CpuEvent, CpuStream
 from hwcore.diffusion import DiffusionTransferManager
-from hwcore.diffusion.engines import Token, open_engine
 from hwcore.errors import PluginReturnError
 from hwcore.kernels import assert_and_invalidate, gather_rows
 from hwcore.overlap import PlanStream
 from hwcore.speculative import MropeContext, compute_spec_mrope_positions
-from hwcore.types import CompilePolicy, PlanStreamPolicy, ReplayBatch, TransferEngineSpec
+from hwcore.types import CompilePolicy, PlanStreamPolicy, ReplayBatch
+from hwcore.testing.loop_engine import LoopEngine
 from hwcore_npu.plugin import NpuPlugin
 
 
@@ -76,12 +76,11 @@ def test_compiled_by_inductor_it_ends_in_an_error(on):
 
 def staged_copy(hw):
     """Two batches from the device into a peer's pool, by both ways, and back on a side stream."""
-    device, token = hw.device(0), Token.create()
-    sender, receiver = (
-        DiffusionTransferManager(open_engine([TransferEngineSpec("shm", "memfd")], 4096, token), hw)
-        for _ in range(2)
-    )
-    with sender, receiver:
+    device = hw.device(0)
+    with (
+        DiffusionTransferManager(LoopEngine(hw, 4096), hw) as sender,
+        DiffusionTransferManager(LoopEngine(hw, 4096), hw) as receiver,
+    ):
         there = torch.zeros(2, dtype=torch.int64, device=hw.device_string(0))
         side, read = hw.create_stream(device), []
         for number, stages in ((1, True), (2, False)):
