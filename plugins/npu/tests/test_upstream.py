@@ -17,8 +17,8 @@ from hwcore.errors import PluginReturnError
 from hwcore.kernels import assert_and_invalidate, gather_rows
 from hwcore.overlap import PlanStream
 from hwcore.speculative import MropeContext, compute_spec_mrope_positions
-from hwcore.types import CompilePolicy, PlanStreamPolicy, ReplayBatch
 from hwcore.testing.loop_engine import LoopEngine
+from hwcore.types import CompilePolicy, PlanStreamPolicy, ReplayBatch
 from hwcore_npu.plugin import NpuPlugin
 
 
@@ -75,14 +75,15 @@ def test_compiled_by_inductor_it_ends_in_an_error(on):
 
 
 def staged_copy(hw):
-    """Two batches from the device into a peer's pool, by both ways, and back on a side stream."""
+    """Two batches from the device into a peer's pool, by both ways, and back, on side streams."""
     device = hw.device(0)
     with (
         DiffusionTransferManager(LoopEngine(hw, 4096), hw) as sender,
         DiffusionTransferManager(LoopEngine(hw, 4096), hw) as receiver,
     ):
         there = torch.zeros(2, dtype=torch.int64, device=hw.device_string(0))
-        side, read = hw.create_stream(device), []
+        side, other = hw.create_stream(device), hw.create_stream(device)
+        read = []
         for number, stages in ((1, True), (2, False)):
             there.fill_(number)
             slot = receiver.grant(sender.size_of(there))
@@ -93,7 +94,7 @@ def staged_copy(hw):
             else:
                 seal = sender.send_tensors("a batch", there, receiver.address, slot, stream=side)
             receiver.consume(slot)
-            loaded = receiver.load_tensors_async(slot, seal, hw.device_string(0), side)
+            loaded = receiver.load_tensors_async(slot, seal, hw.device_string(0), other)
             hw.wait_event(loaded.event)
             read.append(loaded.tree * 10)
             receiver.finish(slot)
