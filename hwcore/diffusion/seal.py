@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 
 from hwcore.diffusion.manifest import MAX_ENCODED_BYTES, Manifest, decode_manifest
@@ -24,6 +26,8 @@ class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     manifest: bytes
 
 
+_CACHED_BYTES = 1024
+_decoded = functools.lru_cache(256)(decode_manifest)  # most requests have the shapes of others
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Wire)
 
@@ -75,7 +79,8 @@ def unseal(
     if wire.version != _VERSION:
         expected, fix = f"{_VERSION}, of this hwcore", "Install the same hwcore on both sides"
         raise ArgumentValueError(describe(where, "version", wire.version, expected, fix))
-    manifest = decode_manifest(wire.manifest, limit_bytes, where)
+    small = len(wire.manifest) <= _CACHED_BYTES
+    manifest = (_decoded if small else decode_manifest)(wire.manifest, limit_bytes, where)
     if manifest.size_bytes != wire.size_bytes:  # it places tensors otherwise than this side does
         expected = f"{manifest.size_bytes}, by its manifest"
         fix = "Install the same hwcore on both sides"
