@@ -113,6 +113,25 @@ def test_a_receiver_that_is_killed_during_a_send_crashes_nobody(manager, remote,
     assert sender.stats().pool.live_leases == 0
 
 
+@pytest.mark.parametrize("kind", ["shm"], indirect=True)
+def test_what_was_written_into_the_mapping_of_a_killed_receiver_has_no_seal(
+    manager, remote, tree, monkeypatch
+):
+    from hwcore.diffusion.ways import Way
+
+    sender, other = manager(), remote()
+    slot = slot_of(other, sender.size_of(tree))
+    straight = Way.straight
+
+    def killing(way, target):
+        other.kill()
+        straight(way, target)
+
+    monkeypatch.setattr(Way, "straight", killing)
+    with pytest.raises(PeerError, match="ended while it was written to"):
+        sender.send_tensors("r", tree, other.address, slot)
+
+
 @pytest.mark.parametrize("kind", ["tcp"], indirect=True)
 def test_a_receiver_that_hangs_is_late_and_is_reached_again_when_it_wakes(manager, remote, deliver):
     sender, other = manager(8 << 20), remote(64 << 20)
