@@ -54,7 +54,7 @@ def how(request):
 
 # --- What arrives ---------------------------------------------------------------------------------
 
-F32, C128 = torch.float32, torch.complex128
+F32, F64, C128 = torch.float32, torch.float64, torch.complex128
 TREES = {
     "large and small": lambda: {"a": filled(F32, (300, 101)), "b": [filled(torch.int64, ()), None]},
     "no tensor": lambda: {"text": "x", "number": 3},
@@ -66,7 +66,7 @@ TREES = {
     "conjugated in its own order": lambda: filled(torch.complex128, (90, 31)).t().conj(),
     "bytes at odd places": lambda: [filled(torch.uint8, (n,)) for n in (5001, 40003, 7, 16387)],
     "bytes before words": lambda: [filled(torch.uint8, (16385,)), filled(C128, (2000,))],
-    "rows before words": lambda: [filled(torch.float64, (2, 3002))[:, ::2], filled(C128, (256,)).conj()],
+    "rows before words": lambda: [filled(F64, (2, 3002))[:, ::2], filled(C128, (256,)).conj()],
     "one long row": lambda: filled(torch.uint8, (1, 1, 100_001))[:, :, 1:],
     "wide rows of a view": lambda: filled(torch.float64, (3, 9000))[:, ::2],
     "many small": lambda: [filled(torch.uint8, (64,), seed=n) for n in range(1000)],
