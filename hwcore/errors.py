@@ -34,6 +34,7 @@ __all__ = [
     "SetupError",
     "StaleGraphError",
     "TorchImportError",
+    "TransferAbortedError",
     "UnknownBackendError",
     "describe",
     "no_interprocess_events",
@@ -113,6 +114,10 @@ class AllocationTimeoutError(HwcoreError, TimeoutError):
 
 class AllocationCancelledError(HwcoreError, RuntimeError):
     """A request that was waiting for room in a pool was cancelled."""
+
+
+class TransferAbortedError(HwcoreError, RuntimeError):
+    """A request whose tensors were being staged or sent was aborted."""
 
 
 class ConsumeOnceError(HwcoreError, RuntimeError):

@@ -34,6 +34,7 @@ BUILTINS = {
     "SetupError": RuntimeError,
     "StaleGraphError": RuntimeError,
     "TorchImportError": ImportError,
+    "TransferAbortedError": RuntimeError,
     "UnknownBackendError": LookupError,
 }
 CLASSES = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}

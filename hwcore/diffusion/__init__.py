@@ -1,8 +1,8 @@
 """Disaggregated diffusion: tensors from role to role, in memory that is given out in leases.
 
-``TransferTensorBuffer`` is the memory, ``pack_tensors`` and ``unpack_tensors`` are the way by a
-socket. Both move trees: containers of tensors and plain values, never by pickle. Nothing here
-knows a device.
+``DiffusionTransferManager`` moves trees from process to process: containers of tensors and plain
+values, never by pickle. ``TransferTensorBuffer`` is the memory that it gives out, ``pack_tensors``
+and ``unpack_tensors`` are the way by a socket. Nothing here knows a device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from hwcore.diffusion.leases import Lease, PoolStats
 from hwcore.diffusion.manifest import Manifest, decode_manifest, encode_manifest, manifest_of
 from hwcore.diffusion.pool import Loaded, TransferTensorBuffer, Written
 from hwcore.diffusion.roles import RoleType
+from hwcore.diffusion.sending import Staged
+from hwcore.diffusion.transfer import DiffusionTransferManager, TransferStats
 
 if TYPE_CHECKING:
     from hwcore.diffusion.router.server import Router as Router
 
 __all__ = [
+    "DiffusionTransferManager",
     "EnumRegistry",
     "Layout",
     "Lease",
@@ -30,8 +33,10 @@ __all__ = [
     "Manifest",
     "PoolStats",
     "RoleType",
+    "Staged",
     "TensorEntry",
     "TensorWrapper",
+    "TransferStats",
     "TransferTensorBuffer",
     "Written",
     "decode_manifest",

@@ -9,7 +9,7 @@ tail that is missing; it is no defence against somebody who wants two contents t
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -20,7 +20,7 @@ from hwcore.errors import ArgumentValueError, describe
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["bytes_of", "checksum", "copy_with_checksum"]
+__all__ = ["Digest", "bytes_of", "checksum", "copy_with_checksum"]
 
 _CHUNK_BYTES = 256 * 1024  # in a core's cache between its checksum and its copy
 _HOST = torch.device("cpu")
@@ -100,10 +100,38 @@ def copy_with_checksum(destination: Tensor, source: Tensor) -> int:
         got = destination.numel()
         expected = f"{source.numel()}, as source.numel()"
         raise ArgumentValueError(describe(where, "destination.numel()", got, expected, fix))
-    state, size_bytes = xxhash.xxh3_64(), len(view)
-    target, origin = destination.data_ptr(), source.data_ptr()
-    for start in range(0, size_bytes, _CHUNK_BYTES):
-        count = min(_CHUNK_BYTES, size_bytes - start)
-        state.update(view[start : start + count])
-        ctypes.memmove(target + start, origin + start, count)  # slices of tensors cost more
-    return state.intdigest()
+    digest = Digest()
+    digest._copy(destination.data_ptr(), source.data_ptr(), view)
+    return digest.value
+
+
+class Digest:
+    """A checksum of bytes that come one after the other; like :func:`checksum` of all at once."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64()
+
+    @property
+    def value(self) -> int:
+        """The checksum of what has come so far, in [0, 2**64)."""
+        return self._state.intdigest()
+
+    def add(self, tensor: Tensor) -> None:
+        """Add bytes: uint8, [n], contiguous, on the CPU."""
+        self._state.update(_buffer(tensor))
+
+    def copy(self, destination: Tensor, source: Tensor) -> None:
+        """Add the bytes of ``source`` and copy them to ``destination``, of the same size."""
+        self._copy(destination.data_ptr(), source.data_ptr(), _buffer(source))
+
+    def _copy(self, target: int, origin: int, view: memoryview) -> None:
+        for start in range(0, len(view), _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, len(view) - start)
+            self._state.update(view[start : start + count])
+            ctypes.memmove(target + start, origin + start, count)  # slices of tensors cost more
+
+
+def _buffer(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor that needs no check."""
+    array: Any = tensor.numpy()
+    return memoryview(array)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hwcore.diffusion.host import copy_to_host
-from hwcore.diffusion.layout import LARGE_BYTES, by_place
-from hwcore.diffusion.views import is_stored_as, plain, view_of, views, views_of_parts
+from hwcore.diffusion.layout import LARGE_BYTES
+from hwcore.diffusion.views import views, views_of_parts
+from hwcore.diffusion.writing import parts_of, write_part
 from hwcore.errors import ArgumentValueError, CaptureError, describe
 from hwcore.fence import StreamFence
 from hwcore.graphs.host_inputs import HostInputs
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from hwcore.backend import Backend
-    from hwcore.diffusion.layout import Layout, TensorEntry
+    from hwcore.diffusion.layout import Layout
     from hwcore.diffusion.leases import Lease
     from hwcore.types import Event, Stream
 
-__all__ = ["LeaseIO"]
+__all__ = ["LeaseIO", "common_device", "working_on"]
 
 
 class LeaseIO:
@@ -169,22 +169,40 @@ class LeaseIO:
         stream: Stream | None,
         tensors: Sequence[torch.Tensor],
     ) -> Iterator[Stream | None]:
-        """Work on a stream, after what the current one has; None where no device takes part."""
-        if device is None:
-            yield None
-            return
-        backend, current = self._backend, self._backend.current_stream(device)
-        worker = current if stream is None else stream
-        lease._streams[worker] = None
-        if worker == current:
+        """As :func:`working_on`; the lease is not reused before the stream has done it."""
+        with working_on(self._backend, device, stream, tensors) as worker:
+            if worker is not None:
+                lease._streams[worker] = None
             yield worker
-            return
-        backend.wait_stream(worker, current)
-        with backend.stream_context(worker):
+
+
+@contextlib.contextmanager
+def working_on(
+    backend: Backend,
+    device: torch.device | None,
+    stream: Stream | None,
+    tensors: Sequence[torch.Tensor] = (),
+) -> Iterator[Stream | None]:
+    """Work on a stream, after what the current one has; None where no device takes part.
+
+    ``tensors`` are what it reads: their memory is not reused before it has.
+    """
+    if device is None:
+        yield None
+        return
+    current = backend.current_stream(device)
+    worker = current if stream is None else stream
+    if worker == current:
+        yield worker
+        return
+    backend.wait_stream(worker, current)
+    with backend.stream_context(worker):
+        try:
             yield worker
-        for tensor in tensors:
-            if tensor.device == device:
-                backend.record_stream(_stored(tensor), worker)
+        finally:  # also where it raised: what was submitted before that will run
+            for tensor in tensors:
+                if tensor.device == device:
+                    backend.record_stream(_stored(tensor), worker)
 
 
 def common_device(
@@ -225,42 +243,12 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
 def write_layout(base: torch.Tensor, layout: Layout, tensors: Sequence[torch.Tensor]) -> None:
     """Write tensors at their places, and zeros between them, on the current stream.
 
-    Small tensors of the host are gathered there first: into the memory itself where it is the
-    host's, else into one block that is copied at once.
-
     Parameters
     ----------
     base : Tensor, uint8, [at least layout.size_bytes]
     """
-    sources = by_place(layout, tensors)
-    gathered: list[tuple[int, torch.Tensor]] = []
-    copied: list[tuple[TensorEntry, torch.Tensor]] = []
-    for entry in layout.places():
-        tensor = sources[entry.offset]
-        small = entry.size_bytes < LARGE_BYTES
-        if small and tensor.is_cpu and is_stored_as(tensor, entry):
-            gathered.append((entry.offset, tensor))
-        else:
-            copied.append((entry, tensor))
-    # Whoever had this memory before left bytes where no tensor is; they must not be sent.
-    for start, end in layout.gaps():
-        base[start:end].zero_()
-    if gathered and base.is_cpu:
-        copy_to_host(base, gathered)
-    elif gathered:
-        _copy_gathered(base, gathered)
-    for entry, tensor in copied:
-        view_of(base, entry.offset, entry).copy_(plain(tensor), non_blocking=True)
-
-
-def _copy_gathered(base: torch.Tensor, gathered: list[tuple[int, torch.Tensor]]) -> None:
-    """Copy small tensors of the host to a device; before others that lie among them."""
-    start = gathered[0][0]
-    end = gathered[-1][0] + gathered[-1][1].nbytes
-    # Not page-locked: torch has read such memory when the call returns, so it may go then.
-    block = torch.zeros(end - start, dtype=torch.uint8)
-    copy_to_host(block, [(offset - start, tensor) for offset, tensor in gathered])
-    base[start:end].copy_(block, non_blocking=True)
+    for part in parts_of(layout, tensors):
+        write_part(base[: part.end], part)
 
 
 def read_parts(base: torch.Tensor, layout: Layout, device: torch.device) -> list[torch.Tensor]:

@@ -14,7 +14,14 @@ from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["TensorWrapper", "copy_to_host", "host_alias", "in_memory_order", "tensor_over"]
+__all__ = [
+    "TensorWrapper",
+    "copy_to_host",
+    "host_alias",
+    "in_memory_order",
+    "tell_sanitizer",
+    "tensor_over",
+]
 
 
 class TensorWrapper(np.ndarray):
@@ -64,8 +71,8 @@ def copy_to_host(into: torch.Tensor, parts: Sequence[tuple[int, torch.Tensor]]) 
     ----------
     into : Tensor, uint8, [any], CPU
     parts : sequence of (int, Tensor)
-        Offset in bytes, and a tensor of the CPU for which ``is_stored_as`` holds. The caller has
-        seen that they fit.
+        Offset in bytes, and a tensor of the CPU for which ``is_plain`` holds. The caller has seen
+        that they fit.
 
     Notes
     -----
@@ -74,21 +81,27 @@ def copy_to_host(into: torch.Tensor, parts: Sequence[tuple[int, torch.Tensor]]) 
     start, move = into.data_ptr(), ctypes.memmove
     for offset, tensor in parts:
         move(start + offset, tensor.data_ptr(), tensor.nbytes)
-    _tell_sanitizer(into, parts)
+    if parts and _sanitizer() is not None:
+        targets = [into[offset : offset + tensor.nbytes] for offset, tensor in parts]
+        tell_sanitizer("copy_to_host", [tensor for _, tensor in parts], targets)
 
 
-def _tell_sanitizer(into: torch.Tensor, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
-    """Name what was touched beside torch, while a sanitizer is on."""
-    module = sys.modules.get("hwcore.testing.sanitizer.sanitizer")
-    tracker = None if module is None else module.active_tracker()
-    if parts and tracker is not None:
+def tell_sanitizer(
+    name: str, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()
+) -> None:
+    """Name memory of the host that is touched beside torch, while a sanitizer is on."""
+    tracker = _sanitizer()
+    if tracker is not None:
         from hwcore.testing.sanitizer import kernel
 
-        targets = [into[offset : offset + tensor.nbytes] for offset, tensor in parts]
-        sources = [tensor for _, tensor in parts]
         # Where the device is the host, its streams order this like any torch call.
-        host = not tracker.is_host_backend
-        kernel("copy_to_host", reads=sources, writes=targets, host=host)
+        kernel(name, reads=reads, writes=writes, host=not tracker.is_host_backend)
+
+
+def _sanitizer() -> Any:
+    """Return the tracker of the sanitizer that is on, if one is."""
+    module = sys.modules.get("hwcore.testing.sanitizer.sanitizer")
+    return None if module is None else module.active_tracker()
 
 
 def tensor_over(buffer: object, where: str, name: str) -> torch.Tensor:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "LeaseTable", "PoolStats", "stale", "too_small"]
 
 _WIRE = struct.Struct("<II")
+_GENERATIONS = 2**31  # so that a name is an int of 63 bits, which messages hold
 
 
 class Lease:
@@ -163,7 +164,7 @@ class LeaseTable:
 
     def __init__(self, backend: Backend, memory: torch.Tensor) -> None:
         self._backend = backend
-        self._memory = memory
+        self.memory = memory
         self.allocator = RangeAllocator(memory.numel())
         self.live: dict[int, Lease] = {}  # by slot; freed ones too, until their memory is free
         self.leaving: dict[int, Lease] = {}  # the freed ones
@@ -179,7 +180,7 @@ class LeaseTable:
             slot = self._unused.pop()
         else:
             slot = len(self._generations)
-            self._generations.append(secrets.randbits(32))  # so that none can be guessed
+            self._generations.append(secrets.randbelow(_GENERATIONS))  # so that none can be guessed
         identity = slot, self._generations[slot]
         lease = self.live[slot] = Lease(pool, identity, offset, size_bytes, request_id)
         return lease
@@ -199,11 +200,11 @@ class LeaseTable:
         reaches beyond.
         """
         if lease._base is None:
-            start = self._memory.storage_offset() + lease.offset
+            start = self.memory.storage_offset() + lease.offset
             with torch.inference_mode(False):  # else it could be written in that mode alone
-                empty = torch.empty(0, dtype=torch.uint8, device=self._memory.device)
+                empty = torch.empty(0, dtype=torch.uint8, device=self.memory.device)
                 if lease.size_bytes:
-                    whole = self._memory.untyped_storage()
+                    whole = self.memory.untyped_storage()
                     empty.set_(whole[start : start + lease.size_bytes])
             lease._base = empty
         return lease._base
@@ -221,7 +222,7 @@ class LeaseTable:
         for lease in settled:
             slot = lease._identity[0]
             del self.live[slot], self.leaving[slot]
-            self._generations[slot] = (self._generations[slot] + 1) % 2**32
+            self._generations[slot] = (self._generations[slot] + 1) % _GENERATIONS
             self._unused.append(slot)
             if lease.size_bytes:
                 self.allocator.free(lease.offset)

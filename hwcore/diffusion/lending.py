@@ -76,22 +76,28 @@ class LeasedMemory:
             If ``cancel`` or ``close`` was called meanwhile.
         """
         where = "TransferTensorBuffer.allocate"
-        fix = "Allocate manifest.size_bytes, or what the peer asks for"
-        check_size(where, "size_bytes", size_bytes, 0, fix)
-        check_instance(where, "request_id", request_id, str, "the request's router, or none")
+        self._check_request(where, size_bytes, request_id)
         check_timeout(where, timeout_s)
-        if size_bytes > self.size_bytes:
-            expected = f"at most {self.size_bytes}, all that the pool has"
-            fix = "Make the pool larger, or send the request in parts"
-            raise ArgumentValueError(describe(where, "size_bytes", size_bytes, expected, fix))
         with self._lock:
             self._check_open(where)
-            if not size_bytes or not len(self._line):
-                self._table.settle()
-                lease = self._table.take(self, size_bytes, request_id)
-                if lease is not None:
-                    return lease
+            lease = self._take(size_bytes, request_id)
+            if lease is not None:
+                return lease
             return self._line.get(size_bytes, request_id, timeout_s, self._holders)
+
+    def allocate_now(self, size_bytes: int, request_id: str = "") -> Lease | None:
+        """Return a lease, or None where there is no room, or others wait for it; never wait.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError, ClosedError
+            As :meth:`allocate`.
+        """
+        where = "TransferTensorBuffer.allocate_now"
+        self._check_request(where, size_bytes, request_id)
+        with self._lock:
+            self._check_open(where)
+            return self._take(size_bytes, request_id)
 
     def free(self, lease: Lease) -> None:
         """Give a lease back. Its range is reused when nobody can touch it any more.
@@ -135,6 +141,16 @@ class LeasedMemory:
                 for lease in self._table.live.values()
                 if not lease._freed and request_id in (None, lease.request_id)
             ]
+
+    def untracked(self, lease: Lease) -> torch.Tensor:
+        """Return a lease's range as a view that does not keep it; for its holder, while it is one.
+
+        A tracked one (``Lease.memory``) would live on in the traceback of an error, and with it the
+        range would be kept for as long as somebody has the error.
+        """
+        with self._lock:
+            self._check("TransferTensorBuffer.untracked", lease)
+            return self._table.memory[lease.offset : lease.offset + lease.size_bytes]
 
     def quarantine(self, lease: Lease, holder: str) -> None:
         """Keep a lease's range from reuse until ``release``, whether the lease is freed or not.
@@ -222,6 +238,22 @@ class LeasedMemory:
             base = self._table.base(lease)
         with lease._lock:
             yield base
+
+    def _take(self, size_bytes: int, request_id: str) -> Lease | None:
+        """Return a lease where there is room and nobody else waits; the lock is held."""
+        if size_bytes and len(self._line):
+            return None
+        self._table.settle()
+        return self._table.take(self, size_bytes, request_id)
+
+    def _check_request(self, where: str, size_bytes: int, request_id: str) -> None:
+        fix = "Allocate manifest.size_bytes, or what the peer asks for"
+        check_size(where, "size_bytes", size_bytes, 0, fix)
+        check_instance(where, "request_id", request_id, str, "the request's router, or none")
+        if size_bytes > self.size_bytes:
+            expected = f"at most {self.size_bytes}, all that the pool has"
+            fix = "Make the pool larger, or send the request in parts"
+            raise ArgumentValueError(describe(where, "size_bytes", size_bytes, expected, fix))
 
     def _check(self, where: str, lease: Lease) -> None:
         check_instance(where, "lease", lease, Lease, "allocate()")

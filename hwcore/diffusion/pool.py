@@ -112,6 +112,17 @@ class TransferTensorBuffer(LeasedMemory):
         """
         where = "write_tensors_from_device"
         manifest, tensors = manifest_of(tree, self._enums, where)
+        return self.write_tensors(where, lease, manifest, tensors, stream)
+
+    def write_tensors(
+        self,
+        where: str,
+        lease: Lease,
+        manifest: Manifest,
+        tensors: Sequence[torch.Tensor],
+        stream: Stream | None,
+    ) -> Written:
+        """Write what ``manifest_of`` returned; ``where`` speaks in errors."""
         with self._using(where, lease) as base:
             if manifest.size_bytes > lease.size_bytes:
                 raise too_small(where, "manifest.size_bytes", manifest.size_bytes, lease)
@@ -185,6 +196,23 @@ class TransferTensorBuffer(LeasedMemory):
         where = "read_tensors_from_manifest"
         with self._using(where, lease) as base:
             check_manifest(manifest, lease.written_bytes, where)
+            tensors, event = self._io.read(
+                where, lease, base, manifest.layout, device, stream, clone
+            )
+        return Loaded(unflatten(manifest.structure, tensors, self._enums, where), event)
+
+    def read_received(
+        self,
+        where: str,
+        lease: Lease,
+        manifest: Manifest,
+        device: torch.device | str | None,
+        stream: Stream | None,
+        clone: bool,
+    ) -> Loaded:
+        """Read what a peer has written; the caller has checked that the manifest fits."""
+        with self._using(where, lease) as base:
+            lease.written_bytes = manifest.size_bytes
             tensors, event = self._io.read(
                 where, lease, base, manifest.layout, device, stream, clone
             )

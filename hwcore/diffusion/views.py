@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hwcore.diffusion.layout import Layout, TensorEntry
 
-__all__ = ["is_stored_as", "plain", "view_of", "views", "views_of_parts"]
+__all__ = ["is_plain", "is_stored_as", "plain", "view_of", "views", "views_of_parts"]
 
 
 def views(
@@ -87,9 +87,18 @@ def view_of(base: torch.Tensor, offset: int, entry: TensorEntry) -> torch.Tensor
 
 def is_stored_as(tensor: torch.Tensor, entry: TensorEntry) -> bool:
     """Say whether a tensor's memory holds the bytes of its entry, from its first to its last."""
-    if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():
-        return False
-    return tensor.is_contiguous() if entry.strides is None else tensor.stride() == entry.strides
+    if entry.strides is None:
+        return is_plain(tensor)
+    return not _is_lazy(tensor) and tensor.stride() == entry.strides
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor's memory holds its elements, row-major, as they are."""
+    return tensor.is_contiguous() and not _is_lazy(tensor)
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor()
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

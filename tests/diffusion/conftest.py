@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from hwcore.diffusion import TransferTensorBuffer
+from hwcore.diffusion import DiffusionTransferManager, TransferTensorBuffer
+from hwcore.diffusion.engines import Token, open_engine
+from hwcore.types import TransferEngineSpec
 
 STALE = 0xA5  # what an earlier tenant left
 
@@ -35,3 +37,40 @@ def pool(pool_of):
 def host_pool(hw):
     """A pool of 64 KiB over page-locked memory, for what has nothing to do with where it is."""
     return TransferTensorBuffer(memory(hw, "page-locked", 1 << 16), hw)
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def kind(request):
+    """Engines whose pools are mapped by peers, and engines that are sent bytes."""
+    return request.param
+
+
+@pytest.fixture
+def token():
+    return Token.create()
+
+
+@pytest.fixture
+def manager(hw, token, kind):
+    """Make managers of one launch; in the end nothing is held by any, and all are closed."""
+    made = []
+
+    def make(size_bytes=1 << 20, **options):
+        engine = open_engine([TransferEngineSpec(kind, "tcp")], size_bytes, token)
+        made.append(DiffusionTransferManager(engine, hw, **options))
+        return made[-1]
+
+    yield make
+    hw.synchronize()
+    for one in made:
+        stats = one.stats() if not one.pool._is_closed else None
+        one.close(timeout_s=2)
+        if stats is not None:
+            assert (stats.staged, stats.running, stats.consumed) == (0, 0, 0)
+        assert one.pool.stats().ranges.free_bytes == one.size_bytes
+
+
+@pytest.fixture
+def pair(manager):
+    """A manager that sends, in chunks of 16 KiB, and one that receives."""
+    return manager(chunk_bytes=1 << 14), manager()

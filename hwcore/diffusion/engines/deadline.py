@@ -33,7 +33,7 @@ class Deadline:
         if not (timeout_s > 0 and math.isfinite(timeout_s)):
             expected = "more than 0, and finite"
             raise ArgumentValueError(describe(where, "`timeout_s`", timeout_s, expected, fix))
-        self.timeout_s = timeout_s
+        self.where, self.timeout_s = where, timeout_s
         self._end = time.monotonic() + timeout_s
 
     @property

@@ -60,6 +60,7 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"
     LOST = "lost"
     BUSY = "busy"
+    REFUSED = "refused"
     ACCEPT = "accept"
     FRAME = "frame"
     BOUNDS = "bounds"

@@ -8,12 +8,15 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import secrets
+import socket
 import threading
 from typing import TYPE_CHECKING, Self
 
 from hwcore.diffusion.engines.deadline import Deadline
 from hwcore.diffusion.engines.forks import check_process
+from hwcore.diffusion.engines.handshake import Reason, Refused
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, ClosedError, describe
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ __all__ = ["HostEngine", "Settings"]
 
 _log = logging.getLogger("hwcore")
 _WRITERS_LISTED = 1024
+_REFUSED_AT_MOST = 65536
+_ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,8 @@ class HostEngine(abc.ABC):
         self._closed = False
         self._peers: set[HostPeer] = set()
         self._writers: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._refused: set[str] = set()
+        self._to_cut: dict[str, list[socket.socket]] = {}  # connections that are all of an access
         self._listener: Listener
         self._address = ""
         self._registration = settings.registered(memory)
@@ -137,6 +144,26 @@ class HostEngine(abc.ABC):
         with self._lock:
             return {writer: count > 0 for writer, count in self._writers.items()}
 
+    def refuse(self, engine_id: str) -> bool:
+        """Take no connection of an engine any more; see :class:`Engine`."""
+        self._check("refuse")
+        if not isinstance(engine_id, str) or not _ID.fullmatch(engine_id):
+            kind = ArgumentValueError if isinstance(engine_id, str) else ArgumentTypeError
+            expected, fix = "16 hexadecimal digits", "Pass the other engine's .id"
+            raise kind(describe("refuse", "`engine_id`", engine_id, expected, fix))
+        with self._lock:
+            if engine_id not in self._refused:
+                if len(self._refused) >= _REFUSED_AT_MOST:
+                    _log.error("%s: %s cannot be refused, %d others are; what it may write to is "
+                               "lost. Open another engine.", self.name, engine_id,
+                               len(self._refused))  # fmt: skip
+                    return True
+                self._refused.add(engine_id)
+            for connection in self._to_cut.get(engine_id, ()):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            return self._writers.get(engine_id, 0) > 0
+
     def close(self) -> None:
         """Let go of all peers, connections, threads and files. Once is enough."""
         with self._lock:
@@ -166,10 +193,14 @@ class HostEngine(abc.ABC):
         """Let go of what else the engine holds; nobody is connected any more."""
 
     @contextlib.contextmanager
-    def _writer(self, session: Session) -> Iterator[None]:
-        """List a peer as one that can write."""
+    def _writer(self, session: Session, to_cut: socket.socket | None = None) -> Iterator[None]:
+        """List a peer as one that can write; ``to_cut`` is the connection that is its only way."""
         writer = session.peer_id
         with self._lock:
+            if writer in self._refused:  # under the lock: it is listed first, or refused first
+                raise Refused(Reason.REFUSED, f"{writer} was taken for dead")
+            if to_cut is not None:
+                self._to_cut.setdefault(writer, []).append(to_cut)
             self._writers[writer] = self._writers.get(writer, 0) + 1
             self._writers.move_to_end(writer)
             dead = [known for known, count in self._writers.items() if not count]
@@ -180,6 +211,10 @@ class HostEngine(abc.ABC):
         finally:
             with self._lock:
                 self._writers[writer] -= 1
+                if to_cut is not None:
+                    self._to_cut[writer].remove(to_cut)
+                    if not self._to_cut[writer]:
+                        del self._to_cut[writer]
 
     def forget(self, peer: HostPeer) -> None:
         """Know no more of a peer that was closed."""

@@ -78,6 +78,27 @@ class Engine(Protocol):
         """
         ...
 
+    def refuse(self, engine_id: str) -> bool:
+        """Take no connection of an engine from now on, and say whether it can still write.
+
+        For a writer that was taken for dead and may only be stopped: what it has been told to
+        write it could write after its memory was given to others. Where a connection can be cut
+        (tcp), it is; where the pool is mapped (shm) or written by a network's hardware (mooncake),
+        only the end of the writer's process or peer takes its access away. So call it again, or
+        look at :meth:`writers`, until it says False: nothing of that engine lands after that.
+
+        Parameters
+        ----------
+        engine_id : str
+            Its ``id``. That of an engine that never was is taken as well.
+
+        Notes
+        -----
+        65,536 are remembered. After that none more is: the answer is True for good, and the log
+        says so.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of all peers, connections, threads and files. Once is enough."""
         ...

@@ -80,7 +80,7 @@ class TcpEngine(HostEngine):
     def _serve(self, connection: socket.socket) -> None:
         _tune(connection)
         session = accept(connection, self._settings.token, self.name, self.id)
-        with self._writer(session):
+        with self._writer(session, connection):
             welcome(connection, session, Welcome(self.size_bytes))
             sequence = 0
             while self._take(connection, session.key, sequence):
@@ -165,10 +165,26 @@ class TcpPeer(HostPeer):
     def _write(self, source: Tensor, view: memoryview, offset: int, deadline: Deadline) -> None:
         summed = xxhash.xxh3_64_intdigest(view) if self._summed else None
         header = Header(self._sequence, offset, len(view), summed)
-        self._broken = CUT_SHORT  # until it is answered: there is no way back from mid-frame
+        try:
+            data = self._answered(header, view, deadline)
+        except BaseException:  # an interrupt among them: there is no way back from mid-frame
+            self._broken = self._broken or CUT_SHORT
+            raise
+        status = answered(data, header.sequence, self._key)
+        if status in (Status.LANDED, Status.CHECKSUM):  # both leave it ready for the next frame
+            self._sequence += 1
+        if status is Status.CHECKSUM:
+            reason = "the bytes that landed have another checksum"
+            raise self._failed(reason)
+        if status is not Status.LANDED:
+            reason = "it refused the frame" if status else "an answer that it did not sign"
+            raise self._lost(reason)
+
+    def _answered(self, header: Header, view: memoryview, deadline: Deadline) -> bytes:
+        """Send a frame and return the answer to it."""
         try:
             send(self._sock, deadline, header.packed(self._key), view)
-            data = receive(self._sock, ANSWER_BYTES, deadline)
+            return receive(self._sock, ANSWER_BYTES, deadline)
         except TimeoutError:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
@@ -176,16 +192,6 @@ class TcpPeer(HostPeer):
         except (EOFError, OSError) as error:
             reason = f"the connection broke ({error or 'end of data'})"
             raise self._lost(reason) from error
-        status = answered(data, header.sequence, self._key)
-        if status in (Status.LANDED, Status.CHECKSUM):  # both leave it ready for the next frame
-            self._sequence += 1
-            self._broken = ""
-        if status is Status.CHECKSUM:
-            reason = "the bytes that landed have another checksum"
-            raise self._failed(reason)
-        if status is not Status.LANDED:
-            reason = "it refused the frame" if status else "an answer that it did not sign"
-            raise self._lost(reason)
 
 
 def listening(settings: Settings) -> tuple[socket.socket, str]:

@@ -12,10 +12,12 @@ import torch
 
 import hwcore
 from hwcore.cpu import CpuEvent, CpuStream
+from hwcore.diffusion import DiffusionTransferManager
 from hwcore.errors import PluginReturnError
 from hwcore.kernels import assert_and_invalidate, gather_rows
 from hwcore.overlap import PlanStream
 from hwcore.speculative import MropeContext, compute_spec_mrope_positions
+from hwcore.testing.loop_engine import LoopEngine
 from hwcore.types import CompilePolicy, PlanStreamPolicy, ReplayBatch
 from hwcore_npu.plugin import NpuPlugin
 
@@ -73,24 +75,30 @@ def test_compiled_by_inductor_it_ends_in_an_error(on):
 
 
 def staged_copy(hw):
-    """Two batches through one pinned slot, each copied on a side stream while the last is read."""
+    """Two batches from the device into a peer's pool, by both ways, and back, on side streams."""
     device = hw.device(0)
-    slot = hw.pin_memory(torch.zeros(2, dtype=torch.int64))
-    there = torch.zeros(2, dtype=torch.int64, device=hw.device_string(0))
-    side, copied, used = hw.create_stream(device), hw.create_event(device), hw.create_event(device)
-    hw.synchronize(device)
-    read = []
-    for number in (1, 2):
-        hw.synchronize_event(copied)  # the slot has been read
-        slot.fill_(number)
-        with hw.stream_context(side):
-            hw.wait_event(used, side)
-            there.copy_(slot, non_blocking=True)
-            hw.record_event(copied, side)
-        hw.wait_event(copied)
-        read.append(there * 10)
-        hw.record_event(used)
-    return [str(tensor.device) for tensor in read], torch.stack(read).tolist()
+    with (
+        DiffusionTransferManager(LoopEngine(hw, 4096), hw) as sender,
+        DiffusionTransferManager(LoopEngine(hw, 4096), hw) as receiver,
+    ):
+        there = torch.zeros(2, dtype=torch.int64, device=hw.device_string(0))
+        side, other = hw.create_stream(device), hw.create_stream(device)
+        read = []
+        for number, stages in ((1, True), (2, False)):
+            there.fill_(number)
+            slot = receiver.grant(sender.size_of(there))
+            if stages:
+                staged = sender.stage_tensors_async("a batch", there, stream=side)
+                seal = sender.push_to_peer(staged, receiver.address, slot, 5)
+                staged.free()
+            else:
+                seal = sender.send_tensors("a batch", there, receiver.address, slot, stream=side)
+            receiver.consume(slot)
+            loaded = receiver.load_tensors_async(slot, seal, hw.device_string(0), other)
+            hw.wait_event(loaded.event)
+            read.append(loaded.tree * 10)
+            receiver.finish(slot)
+        return [str(tensor.device) for tensor in read], torch.stack(read).tolist()
 
 
 RIGHT = (["npu:0", "npu:0"], [[10, 10], [20, 20]])

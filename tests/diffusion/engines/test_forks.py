@@ -13,6 +13,7 @@ IN_CHILD = [
     "engine.address",
     "engine.dropped",
     "engine.writers()",
+    "engine.refuse('0123456789abcdef')",
     "engine.connect('tcp:127.0.0.1:1', 1)",
     "peer.memory",
     "peer.alive",

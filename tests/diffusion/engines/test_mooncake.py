@@ -111,3 +111,42 @@ def test_it_is_silent_and_programs_do_not_inherit_its_listeners(capfd):
         process.close()
     said = capfd.readouterr().err.splitlines()
     assert [line for line in said if "without authentication" not in line] == []
+
+
+def test_an_engine_that_is_refused_does_not_connect_and_a_connected_one_may_write_to_its_end(
+    driver,
+):
+    driver.ask("third = _remote.Remote('mooncake', token, 1 << 20)")
+    assert driver.ask("engine.refuse(third.id)") is False
+    name, _ = driver.ask("third.ask(f'engine.connect({engine.address!r}, 5)')")
+    assert name == "PeerRefusedError"
+    assert driver.ask("third.close()") is None
+    driver.ask("other.ask(f'peer = engine.connect({engine.address!r}, 10)')")
+    assert driver.ask("engine.refuse(other.id)") is True
+    assert driver.ask("other.ask('peer.write(torch.ones(9, dtype=torch.uint8), 0, 5)')") is None
+    driver.ask("other.kill()")
+    assert driver.ask("_remote.within(10, lambda: engine.refuse(other.id) is False)") is True
+
+
+MANAGERS = """
+import hwcore
+from hwcore.diffusion import DiffusionTransferManager
+manager = DiffusionTransferManager(engine, hwcore.use('cpu'), chunk_bytes=1 << 20)
+other.ask('import hwcore; from hwcore.diffusion import DiffusionTransferManager')
+other.ask("manager = DiffusionTransferManager(engine, hwcore.use('cpu'))")
+tree = [torch.arange(3_000_000.0), torch.ones(3)]
+other.ask(f'slot = manager.grant({manager.size_of(tree)})')
+from hwcore.diffusion.messages import Slot
+slot = eval(other.ask('repr(slot)'))
+"""
+
+
+def test_a_manager_sends_a_tree_by_both_ways(driver):
+    assert driver.ask(MANAGERS) is None
+    driver.ask("seal = manager.send_tensors('r', tree, other.address, slot)")
+    driver.ask("staged = manager.stage_tensors('r', tree)")
+    assert driver.ask("manager.push_to_peer(staged, other.address, slot, 10) == seal") is True
+    driver.ask("other.ask('manager.consume(slot)')")
+    driver.ask("other.ask(f'got = manager.load_tensors(slot, {seal!r})')")
+    total = driver.ask("other.ask('got[0].sum().item(), got[1].sum().item()')")
+    assert total == driver.ask("tree[0].sum().item(), tree[1].sum().item()")
