@@ -155,6 +155,11 @@ class RouterCore:
         self._outbox.by(self._answers.due)
         self._jobs.go_on(now)
 
+    def excuse_silence(self, now: float) -> None:
+        """Count the silence of workers from now on: this router did not listen for a while."""
+        for worker in self.workers:
+            worker.last_seen = now
+
     def give_up(self, now: float) -> None:
         """Refuse every request that is not over: this router ends."""
         self.draining = True

@@ -41,7 +41,7 @@ __all__ = ["Router"]
 
 _T = TypeVar("_T")
 _LEAST_S = 0.005  # between two looks at all requests
-_LOOK_S = 0.5  # between two looks for the metrics
+_LOOK_S = 0.5  # between two looks for the metrics, and at most between two turns
 _MOST_CLIENTS = 16384
 _TO_CLIENT = frozenset(typing.get_args(ToClient))
 
@@ -90,7 +90,7 @@ class Router:
     ) -> None:
         config = config or RouterConfig()
         self._seen: collections.OrderedDict[str, float] = collections.OrderedDict()
-        self._ticked = self._looked = 0.0
+        self._turned = self._ticked = self._looked = 0.0
         self._closed = False
         self.metrics = Metrics(metrics_port)
         self._drops = Drops("Router", self.metrics.dropped)
@@ -258,6 +258,11 @@ class Router:
     def _turn(self, now: float) -> float:
         """Do what is due; return when something is next."""
         core = self._core
+        if now - self._turned > _LOOK_S + core.config.dead_after_s / 4:
+            # This process did not run. What others said meanwhile may still be on its way in.
+            core.excuse_silence(now)
+            self._seen = collections.OrderedDict.fromkeys(self._seen, now)
+        self._turned = now
         if now >= max(core.due, self._ticked + _LEAST_S):
             self._ticked = now
             core.tick(now)

@@ -337,7 +337,9 @@ class RoleWorker:
         except Exception as error:  # noqa: BLE001 - the router waits for a word
             failure = f"{type(error).__name__}: {error}"
             text = failure if isinstance(error, HwcoreError) else traceback.format_exc()
-            _log.warning("%s: request %s was not pushed: %s", self.config.name, job.request_id, text)
+            _log.warning(
+                "%s: request %s was not pushed: %s", self.config.name, job.request_id, text
+            )
         self._span(job.request_id, "push", started, todo.slot.size_bytes)
         with self._lock:
             unwanted, job.phase = job.is_unwanted, Phase.HELD
