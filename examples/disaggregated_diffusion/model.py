@@ -16,17 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hwcore
+from examples.disaggregated_diffusion.checks import check_conditions, check_count, check_tensor
 from examples.disaggregated_diffusion.networks import (
-    EMBEDDING,
     LATENT,
     Denoiser,
     LatentDecoder,
     TextEncoder,
 )
-from examples.disaggregated_diffusion.prompts import LENGTH, tokenize
-from examples.disaggregated_diffusion.requests import MAX_SAMPLES, Request, Scheduler
+from examples.disaggregated_diffusion.prompts import tokenize
+from examples.disaggregated_diffusion.requests import Request, Scheduler
 from hwcore.diffusion import EnumRegistry
-from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
 TRAINED = Path(__file__).parent / "trained"
 MICRO_BATCH = 64
@@ -121,7 +120,7 @@ def denoise(
     ArgumentTypeError, ArgumentValueError
         If the conditions are none.
     """
-    _check_conditions(conditions)
+    check_conditions(conditions)
     device, guidance = _device(network), conditions["guidance"]
     if generator is None:
         generator = torch.Generator().manual_seed(conditions["seeds"][0])
@@ -151,8 +150,8 @@ def decode(network: LatentDecoder, latents: Tensor) -> Tensor:
     ArgumentTypeError, ArgumentValueError
         If they are no float32 latents ``[1 to MAX_SAMPLES, *LATENT]``.
     """
-    _check_tensor("decode", "latents", latents, torch.float32, (None, *LATENT))
-    _check_count("decode", "latents", latents)
+    check_tensor("decode", "latents", latents, torch.float32, (None, *LATENT))
+    check_count("decode", "latents", latents)
     device = _device(network)
     return torch.cat([network(_moved(latents[piece], device)) for piece in _pieces(len(latents))])
 
@@ -212,47 +211,3 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
-
-
-def _check_conditions(conditions: dict[str, Any]) -> None:
-    where, fix = "denoise", "Pass what encode returned"
-    needed = {"embeddings", "mask", "prompt_of", "timesteps", "guidance", "scheduler", "seeds"}
-    missing = needed | {"extra"}
-    missing -= conditions.keys() if isinstance(conditions, dict) else set()
-    if missing:
-        got = f"nothing for {', '.join(sorted(missing))}"
-        raise ArgumentTypeError(describe(where, "`conditions`", got, "a dict with all", fix))
-    _check_tensor(
-        where, "embeddings", conditions["embeddings"], torch.float32, (None, LENGTH, EMBEDDING)
-    )
-    prompts = len(conditions["embeddings"])
-    _check_tensor(where, "mask", conditions["mask"], torch.bool, (prompts, LENGTH))
-    _check_tensor(where, "prompt_of", conditions["prompt_of"], torch.uint8, (None,))
-    _check_count(where, "prompt_of", conditions["prompt_of"])
-    _check_tensor(where, "timesteps", conditions["timesteps"], torch.float32, (None,))
-    if not isinstance(conditions["scheduler"], Scheduler):
-        what, got = "`scheduler`", conditions["scheduler"]
-        raise ArgumentTypeError(describe(where, what, got, "a Scheduler", fix))
-    if conditions["guidance"] != 1.0:
-        embeddings, mask = conditions["extra"]["negative"]
-        _check_tensor(
-            where, "negative embeddings", embeddings, torch.float32, (1, LENGTH, EMBEDDING)
-        )
-        _check_tensor(where, "negative mask", mask, torch.bool, (1, LENGTH))
-
-
-def _check_tensor(
-    where: str, name: str, value: object, dtype: torch.dtype, shape: tuple[int | None, ...]
-) -> None:
-    fix = "Pass what the role before returned"
-    form = f"a {dtype} tensor of {['any' if size is None else size for size in shape]}"
-    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != len(shape):
-        raise ArgumentTypeError(describe(where, f"`{name}`", value, form, fix))
-    if any(size not in (None, got) for size, got in zip(shape, value.shape, strict=True)):
-        raise ArgumentValueError(describe(where, f"`{name}`", list(value.shape), form, fix))
-
-
-def _check_count(where: str, name: str, value: Tensor) -> None:
-    if not 1 <= len(value) <= MAX_SAMPLES:
-        expected, fix = f"1 to {MAX_SAMPLES} samples", "Split the request"
-        raise ArgumentValueError(describe(where, f"`{name}`", len(value), expected, fix))

@@ -91,10 +91,10 @@ def main(short: bool, out: Path, same_as: Path | None) -> None:
     judge = Judge()  # what it needs is missed now, not after the run
     out.mkdir(parents=True, exist_ok=True)
     asked = workload(short)
-    began, results = time.perf_counter(), []
-    for result in Pipeline().run(asked):
-        results.append(result)
-        click.echo(f"\r{len(results)} of {len(asked)} requests", nl=False)
+    results: list[Result] = []
+    began = time.perf_counter()
+    with click.progressbar(Pipeline().run(asked), len(asked), "Requests") as running:
+        results.extend(running)
     took = time.perf_counter() - began
     digests = {result.asked.request.request_id: result.digest for result in results}
     (out / "digests.json").write_text(json.dumps(digests, indent=1) + "\n")
@@ -106,7 +106,7 @@ def main(short: bool, out: Path, same_as: Path | None) -> None:
     labels = torch.tensor([label for result in results for label in result.asked.labels()])
     right = judge.share_right(images, labels)
     click.echo(
-        f"\r{len(results)} requests, {len(images):,} samples in {took:.1f} s on the backend "
+        f"{len(results)} requests, {len(images):,} samples in {took:.1f} s on the backend "
         f"{hwcore.current_backend().info.name}; right: {right:.2%}; see {out}"
     )
     same = True

@@ -27,6 +27,8 @@ _PATCHES = (LATENT[1] // _PATCH) * (LATENT[2] // _PATCH)
 
 
 class _Attention(nn.Module):
+    """Written out: torch's fused attention is another kernel, and other bits, by device."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -36,7 +38,10 @@ class _Attention(nn.Module):
         batch, length, width = x.shape
         parts = self.inputs(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)  # each [batch, heads, length, ...]
-        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        found = scores.softmax(-1) @ value
         done: Tensor = self.output(found.transpose(1, 2).reshape(batch, length, width))
         return done
 

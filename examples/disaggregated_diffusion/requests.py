@@ -12,6 +12,7 @@ from examples.disaggregated_diffusion.prompts import Style, phrasings, tokenize
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, describe
 
 MAX_SAMPLES = 4096
+MAX_PROMPTS = 32
 GUIDANCES = (1.0, 2.0, 4.0)
 """1.0: the prompt alone. More: away from what the denoiser does without a prompt."""
 
@@ -35,7 +36,7 @@ class Request:
     ----------
     request_id : str
     prompts : tuple of str
-        At least one, and no more than samples.
+        1 to MAX_PROMPTS, and no more than samples.
     num_samples : int
         In [1, MAX_SAMPLES].
     guidance : float
@@ -62,8 +63,8 @@ class Request:
 
     def __post_init__(self) -> None:
         _check("request_id", self.request_id, str, True, "a str")
-        right = isinstance(self.prompts, tuple) and len(self.prompts) > 0
-        _check("prompts", self.prompts, tuple, right, "a tuple of at least one str")
+        right = isinstance(self.prompts, tuple) and 1 <= len(self.prompts) <= MAX_PROMPTS
+        _check("prompts", self.prompts, tuple, right, f"a tuple of 1 to {MAX_PROMPTS} str")
         tokenize(self.prompts)
         lowest, samples = len(self.prompts), self.num_samples
         right = _is_int(samples) and lowest <= samples <= MAX_SAMPLES
@@ -79,8 +80,7 @@ class Request:
 
     def to_tree(self) -> dict[str, Any]:
         """Return what the encoder is sent."""
-        tree = {name: getattr(self, name) for name in _FIELDS}
-        return tree | {"prompts": list(self.prompts)}
+        return {name: getattr(self, name) for name in _FIELDS}
 
     @classmethod
     def from_tree(cls, tree: object) -> Request:
@@ -88,7 +88,7 @@ class Request:
         if not isinstance(tree, dict) or tree.keys() != set(_FIELDS):
             fix, expected = "Send what Request.to_tree() returns", f"a dict of {', '.join(_FIELDS)}"
             raise ArgumentTypeError(describe("Request", "the tree", tree, expected, fix))
-        return cls(**tree | {"prompts": tuple(tree["prompts"])})
+        return cls(**tree)
 
 
 _FIELDS = tuple(Request.__dataclass_fields__)
