@@ -15,6 +15,8 @@ def span(kind, start, end, worker="a", role="denoiser", request="one"):
 def test_a_transfer_beside_a_computation_counts_as_long_as_both_run():
     found = overlap([span("push", 1.0, 4.0), span("compute", 3.0, 9.0)])
     assert (found.transfer_s, found.compute_s, found.overlap_s) == (3.0, 6.0, 1.0)
+    found = overlap([span("push", 3.0, 9.0), span("compute", 1.0, 4.0)])
+    assert (found.transfer_s, found.compute_s, found.overlap_s) == (6.0, 3.0, 1.0)
 
 
 def test_transfers_that_run_together_count_once():
