@@ -139,7 +139,7 @@ def draw(path: Path, spans: Sequence[Span], marks: Mapping[str, float] | None = 
             )
     for name, moment in (marks or {}).items():
         axes.axvline(moment - began, color="#b5483a", ls="--", lw=1)
-        axes.annotate(name, (moment - began, -0.55), fontsize=8, color="#b5483a", va="bottom")
+        axes.annotate(name, (moment - began, -0.55), fontsize=8, color="#b5483a", va="top")
     axes.set_yticks(range(len(rows)), [f"{role}\n{worker}" for role, worker in rows])
     axes.set_ylim(len(rows) - 0.5, -0.6)
     axes.set_xlabel("seconds")
