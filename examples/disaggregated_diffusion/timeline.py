@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
 TRANSFERS = ("stage", "push", "load")
 KINDS = (*TRANSFERS, "compute")
 _COLORS = {"stage": "#e0912f", "push": "#b5483a", "load": "#2f8f4e", "compute": "#7fb3dc"}
@@ -111,32 +113,13 @@ def draw(path: Path, spans: Sequence[Span], marks: Mapping[str, float] | None = 
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    began = min(span.start_s for span in spans)
-    # Workers of a role together, roles in the order in which they are first at work.
-    first: dict[str, float] = {}
-    for span in spans:
-        first[span.role] = min(span.start_s, first.get(span.role, math.inf))
-    workers = sorted({(first[s.role], s.role, s.worker) for s in spans})
-    rows = {(role, worker): row for row, (_, role, worker) in enumerate(workers)}
+    began, rows = min(span.start_s for span in spans), _rows(spans)
     figure = Figure(figsize=(14, 1.4 + 0.9 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for kind in KINDS:
-        lane = -0.4 if kind == "compute" else 0.02 + 0.13 * TRANSFERS.index(kind)
-        height = 0.4 if kind == "compute" else 0.12
-        for (role, worker), row in rows.items():
-            bars = [
-                (span.start_s - began, span.end_s - span.start_s)
-                for span in spans
-                if (span.kind, span.role, span.worker) == (kind, role, worker)
-            ]
-            # The edge keeps what is too short for a pixel in sight.
-            axes.broken_barh(
-                bars,
-                (row + lane, height),
-                facecolor=_COLORS[kind],
-                edgecolor="white" if kind == "compute" else _COLORS[kind],
-                lw=0.5,
-            )
+        for of, row in rows.items():
+            own = [span for span in spans if (span.kind, span.role, span.worker) == (kind, *of)]
+            _draw_bars(axes, own, kind, row, began)
     for name, moment in (marks or {}).items():
         axes.axvline(moment - began, color="#b5483a", ls="--", lw=1)
         axes.annotate(name, (moment - began, -0.55), fontsize=8, color="#b5483a", va="top")
@@ -155,6 +138,27 @@ def draw(path: Path, spans: Sequence[Span], marks: Mapping[str, float] | None = 
         bbox_to_anchor=(1.0, 1.0),
     )
     figure.savefig(path, dpi=100)
+
+
+def _rows(spans: Iterable[Span]) -> dict[tuple[str, str], int]:
+    """Return a row for each role and worker: roles in the order in which they are first at work."""
+    first: dict[str, float] = {}
+    for span in spans:
+        first[span.role] = min(span.start_s, first.get(span.role, math.inf))
+    ordered = sorted({(first[span.role], span.role, span.worker) for span in spans})
+    return {(role, worker): row for row, (_, role, worker) in enumerate(ordered)}
+
+
+def _draw_bars(axes: Axes, spans: Iterable[Span], kind: str, row: int, began: float) -> None:
+    computed = kind == "compute"
+    place, height = (-0.4, 0.4) if computed else (0.02 + 0.13 * TRANSFERS.index(kind), 0.12)
+    axes.broken_barh(
+        [(span.start_s - began, span.end_s - span.start_s) for span in spans],
+        (row + place, height),
+        facecolor=_COLORS[kind],
+        edgecolor="white" if computed else _COLORS[kind],  # keeps the shortest transfers in sight
+        lw=0.5,
+    )
 
 
 def _busy(spans: Iterable[Span], kinds: Sequence[str]) -> list[tuple[float, float]]:
