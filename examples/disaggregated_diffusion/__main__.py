@@ -78,14 +78,15 @@ def main(short: bool, out: Path, engine: str, launcher: str, kill: bool) -> None
     picture.draw(out / "samples.png", [(it.request, images[it.request.request_id]) for it in asked])
     seen = [timeline.Span(**json.loads(line)) for line in _lines(spans)]
     timeline.draw(out / "timeline.png", seen)
-    overlap = timeline.overlap(seen)
+    over = timeline.overlap(seen)
     (out / "digests.json").write_text(json.dumps(alone, indent=1) + "\n")
     console.print(
         f"{len(images)} requests, {len(labels):,} samples, backend "
         f"{hwcore.current_backend().info.name}, {engine}, {launcher}: {took_s:.1f} s by roles, "
         f"{alone_s:.1f} s by one process; right: {right:.2%}\n"
         f"{'bit for bit as one process' if not wrong else f'NOT as one process: {wrong}'}\n"
-        f"{overlap}\nsee {out}/samples.png and {out}/timeline.png"
+        f"transfers ran for {over.transfer_s:.2f} s, for {over.overlap_s:.2f} s of it beside a "
+        f"computation\nsee {out}/samples.png and {out}/timeline.png"
     )
     raise SystemExit(0 if not wrong and right >= monolithic.REQUIRED else 1)
 
@@ -142,7 +143,8 @@ def _kill(launched: Any) -> None:
 
 
 def _lines(folder: Path) -> list[str]:
-    return [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+    return [line for text in texts for line in text.splitlines()]
 
 
 if __name__ == "__main__":

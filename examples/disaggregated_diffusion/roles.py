@@ -13,11 +13,11 @@ from examples.disaggregated_diffusion.requests import Request
 
 from examples.disaggregated_diffusion import model
 from hwcore.diffusion.roles import RoleType
-from hwcore.diffusion.serving.request import DiffusionRequest
 from hwcore.diffusion.serving.scheduler import SchedulerDisaggMixin
 
 if TYPE_CHECKING:
     from hwcore.diffusion.serving.jobs import Span
+    from hwcore.diffusion.serving.request import DiffusionRequest
 
 _NETWORKS: dict[RoleType, Any] = {
     RoleType.ENCODER: TextEncoder,
