@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from examples.disaggregated_diffusion.judge import Judge
-from examples.disaggregated_diffusion.requests import Asked, workload
 from rich.console import Console
 from rich.progress import Progress
 
 import hwcore
 from examples.disaggregated_diffusion import model, monolithic, picture, timeline
+from examples.disaggregated_diffusion.judge import Judge
+from examples.disaggregated_diffusion.requests import Asked, workload
 from hwcore.diffusion.launch import Deployment, LocalLauncher, RoleSpec
 from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.serving.request import DiffusionRequest

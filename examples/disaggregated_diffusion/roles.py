@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from examples.disaggregated_diffusion.networks import Denoiser, LatentDecoder, TextEncoder
-from examples.disaggregated_diffusion.requests import Request
 
 from examples.disaggregated_diffusion import model
+from examples.disaggregated_diffusion.networks import Denoiser, LatentDecoder, TextEncoder
+from examples.disaggregated_diffusion.requests import Request
 from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.serving.scheduler import SchedulerDisaggMixin
 
