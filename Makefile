@@ -15,13 +15,14 @@ PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: demo demo-short test test-triton compile-triton triton triton-table lint conformance support \
+.PHONY: demo demo-short test services test-triton compile-triton triton triton-table lint conformance support \
 	contract wheel bench gpu-wheels gpu-env test-gpu bench-gpu empty-results clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo   decode and serve a real model in every way, write demo/report.md"
+	@echo "make demo   a real model served in every way, and digits by roles; writes demo/report.md"
 	@echo "make test   run every test on every backend present ($(BACKENDS)), two processes each"
+	@echo "make services  sockets and processes of disaggregated diffusion: deaths, garbage, a soak"
 	@echo "make triton Triton kernels in its interpreter, and compiled for devices that are not here"
 	@echo "make lint   ruff, mypy --strict, device names"
 	@echo "make conformance  ask of every backend what the core builds on; make support writes it up"
@@ -39,7 +40,7 @@ $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> [2/3] hwcore and what its tests and demo need (torch: some minutes the first time)"
 	@$(PIP) --quiet --upgrade pip
-	@$(PIP) --progress-bar on --editable '.[test,triton,mooncake,diffusion,demo,lint,build]' \
+	@$(PIP) --progress-bar on --editable '.[test,triton,mooncake,diffusion,ray,demo,lint,build]' \
 		$(PLUGINS:%=--editable %)
 	@$(BIN)/python -c 'import hwcore, hwcore_sim, torch, transformers'
 	@echo "==> [3/3] the demo's model: SmolLM2-135M-Instruct"
@@ -50,6 +51,8 @@ $(STAMP): pyproject.toml $(PLUGINS:%=%/pyproject.toml) constraints.txt
 demo: $(STAMP)
 	@echo "==> demo: the report goes to demo/report.md"
 	@$(BIN)/python -m examples.serving --out demo
+	@echo "==> demo: digits by three roles, one of them killed on the way, to demo/diffusion"
+	@$(BIN)/python -m examples.disaggregated_diffusion --kill --out demo/diffusion
 
 # The tokens must be the same on every backend.
 demo-short: $(STAMP)
@@ -59,6 +62,11 @@ demo-short: $(STAMP)
 		echo "==> demo, short form, on $$backend"; \
 		HWCORE_BACKEND=$$backend $(BIN)/python -m examples.serving --short \
 			--out demo/$$backend --same-as demo/cpu/tokens.json || exit 1; \
+	done
+	@for backend in $(BACKENDS); do \
+		echo "==> digits by three roles, short form, on $$backend"; \
+		HWCORE_BACKEND=$$backend $(BIN)/python -m examples.disaggregated_diffusion --short --kill \
+			--out demo/$$backend/diffusion || exit 1; \
 	done
 
 # Two processes a backend, one a plugin on the simulated device, and one for what no device is in,
@@ -84,12 +92,17 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest
 
 test-children: $(STAMP)
 	@echo "==> tests of the host alone, and of processes that choose their backends"
-	@$(PYTEST) --backend cpu -m children tests
+	@$(PYTEST) --backend cpu -m children --ignore tests/services tests
+
+# Apart from the others, for they kill and stop processes, and wait until it is noticed.
+services: $(STAMP)
+	@echo "==> router, roles and launchers: deaths at every point, garbage at every socket, a soak"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --backend cpu tests/services
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(PYTEST) --backend $* -m 'not children and not interpreter' $(APART:%=--ignore %) tests \
-		$(wildcard plugins/$*/tests)
+	@$(PYTEST) --backend $* -m 'not children and not interpreter' \
+		$(APART:%=--ignore %) --ignore tests/services tests $(wildcard plugins/$*/tests)
 
 test-apart-%: $(STAMP)
 	@echo "==> tests of $(APART) on backend $*"

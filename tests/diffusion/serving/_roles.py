@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import _points
 import torch
 
 from hwcore.diffusion import EnumRegistry
@@ -98,6 +97,8 @@ class Role(SchedulerDisaggMixin):
         if self.role is RoleType.DENOISER:
             self.disagg_schedule = Schedule()
         if plan:
+            import _points  # of tests/services
+
             _points.follow(Path(plan), str(self.role))
         if accounts:
             threading.Thread(target=self.keep_accounts, args=(accounts,), daemon=True).start()

@@ -2,12 +2,13 @@ import gc
 import threading
 import time
 
-import _roles
 import pytest
 import torch
 
 from hwcore.diffusion.roles import PIPELINE, RoleType
 from hwcore.errors import RequestError
+
+from . import _roles
 
 
 @pytest.mark.usefixtures("in_any_order", "watched")

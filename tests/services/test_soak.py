@@ -4,14 +4,15 @@ import os
 import statistics
 import time
 
-import _roles
 import psutil
 import pytest
-from _deploy import deployment
 
 from hwcore.diffusion.launch import LocalLauncher
+from tests.diffusion.serving import _roles
 
-pytestmark = [pytest.mark.usefixtures("once"), pytest.mark.slow]
+from ._deploy import deployment
+
+pytestmark = pytest.mark.slow
 REQUESTS, SAMPLES, AT_ONCE = 50_000, 25, 32
 
 

@@ -14,11 +14,6 @@ from ._peers import FAST, Child, Echo, router_process
 
 
 @pytest.fixture(autouse=True)
-def _of_the_host_alone(once):
-    """Sockets and messages: no test here has a device."""
-
-
-@pytest.fixture(autouse=True)
 def _no_thread_is_left():
     before = set(threading.enumerate())
     yield

@@ -4,14 +4,15 @@ import subprocess
 import sys
 import time
 
-import _roles
 import pytest
 
 from hwcore.diffusion.roles import PIPELINE
 from hwcore.errors import RequestError
+from tests.diffusion.serving import _roles
 
-HERE = pathlib.Path(__file__).parent
-pytestmark = pytest.mark.usefixtures("once")  # on a device: test_ranks.py
+from ._deploy import PATHS
+
+RANK = pathlib.Path(__file__).with_name("_role_of_ranks.py")
 
 
 @pytest.fixture
@@ -19,13 +20,12 @@ def served(hw, serve, tmp_path):
     """A pipeline whose denoiser computes on two ranks, in processes of their own."""
     served = serve([_roles.Role(PIPELINE[0]), _roles.Role(PIPELINE[2])])
     fd = served.token.descriptor()
-    paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     more = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HWCORE_TOKEN_FD": str(fd)}
     served.ranks = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "_role_of_ranks.py"), str(rank), str(tmp_path),
+            [sys.executable, str(RANK), str(rank), str(tmp_path),
              hw.info.name, served.router.worker_address],
-            env={**os.environ, "PYTHONPATH": paths, **more},
+            env={**os.environ, "PYTHONPATH": PATHS, **more},
             pass_fds=[fd],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

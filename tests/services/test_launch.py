@@ -10,10 +10,8 @@ import tempfile
 import textwrap
 import time
 
-import _roles
 import psutil
 import pytest
-from _deploy import HERE, deployment
 
 from hwcore.diffusion.launch import Deployment, LocalLauncher, RoleSpec
 from hwcore.diffusion.roles import PIPELINE, RoleType
@@ -24,8 +22,9 @@ from hwcore.errors import (
     PeerTimeoutError,
     RequestError,
 )
+from tests.diffusion.serving import _roles
 
-pytestmark = pytest.mark.usefixtures("once")
+from ._deploy import PATHS, deployment
 
 
 def ask(client, number, size=16, name=None, deadline_s=60.0):
@@ -122,8 +121,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
         print(json.dumps(launcher.pids), flush=True)
         time.sleep(600)
     """)
-    paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
     )

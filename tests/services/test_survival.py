@@ -9,15 +9,16 @@ import threading
 import time
 from pathlib import Path
 
-import _points
-import _roles
 import psutil
 import pytest
-from _deploy import HERE, deployment
 
 from hwcore.diffusion.launch import LocalLauncher
+from tests.diffusion.serving import _roles
 
-pytestmark = [pytest.mark.usefixtures("once"), pytest.mark.slow]
+from . import _points
+from ._deploy import HERE, deployment
+
+pytestmark = pytest.mark.slow
 ROUTER = {"heartbeat_s": 0.2, "dead_after_s": 1.5, "resend_after_s": 0.5, "max_rounds": 5}
 SIZES = (10, 60_000, 10, 10, 20_000, 10)
 
@@ -31,6 +32,7 @@ def world(tmp_path_factory):
     made = deployment((2, 2, 2), router=ROUTER, plan=str(plan), accounts=str(accounts))
     made = dataclasses.replace(made, restarts=1000)
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
         patch.syspath_prepend(str(HERE / "_dying"))
         patch.setenv("HWCORE_TEST_PLAN", str(plan))
         with LocalLauncher(made) as launcher, launcher.client() as client:

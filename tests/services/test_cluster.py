@@ -5,14 +5,13 @@ import os
 import sys
 import time
 
-import _roles
 import pytest
-from _deploy import deployment
 
 from hwcore.diffusion.launch.cluster import RayLauncher
 from hwcore.errors import CapabilityError
+from tests.diffusion.serving import _roles
 
-pytestmark = pytest.mark.usefixtures("once")
+from ._deploy import deployment
 
 
 def ask(client, number, size=16):
