@@ -324,6 +324,12 @@ def test_an_output_larger_than_any_slot_gets_one_that_is_made_for_it():
     world.check_nothing_left()
 
 
+def test_without_a_stock_one_slot_after_the_other_is_asked_for_at_once():
+    world = served(World(stock=(), sizes=(100, 100)), 20, until=1.5)
+    assert len(world.answers) == 20
+    world.check_answers()
+
+
 def test_outputs_of_no_bytes_need_a_slot_too():
     world = served(World(sizes=(0, 0)), count=10)
     assert {said(world, f"r{number}") for number in range(10)} == {"result"}

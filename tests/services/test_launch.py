@@ -56,7 +56,7 @@ def test_a_process_that_is_killed_is_started_again_and_no_request_is_lost(launch
     pending = [ask(client, number) for number in range(40)]
     launcher.send_signal(name, signal.SIGKILL)
     assert all(_roles.same(one.result(), number) for number, one in enumerate(pending))
-    assert until(lambda: launcher.pids.get(name, before) != before)
+    assert _roles.until(lambda: launcher.pids.get(name, before) != before)
     assert launcher.deaths[name] == 1
 
 
@@ -96,7 +96,7 @@ def test_a_close_ends_every_process_and_leaves_no_socket_or_folder():
         assert os.listdir(folder)
         waiting = ask(client, 2, deadline_s=60.0)
         launcher.close()
-        with_answer = waiting.done or until(lambda: waiting.done)
+        with_answer = waiting.done or _roles.until(lambda: waiting.done)
     assert with_answer
     assert not any(map(psutil.pid_exists, pids.values()))
     os.rmdir(folder)
@@ -129,7 +129,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
     assert len(pids) == 4
     child.kill()
     child.communicate()
-    assert until(lambda: not any(map(running, pids.values())))
+    assert _roles.until(lambda: not any(map(running, pids.values())))
 
 
 def test_a_factory_that_fails_is_an_error_at_once():
@@ -178,15 +178,6 @@ def test_a_deployment_without_one_spec_for_each_role_is_refused(roles):
     specs = tuple(RoleSpec(role=role, factory="a:b") for role in roles)
     with pytest.raises(ArgumentValueError, match="one RoleSpec for each of encoder, denoiser"):
         Deployment(roles=specs)
-
-
-def until(condition, timeout_s=30.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def running(pid):

@@ -68,6 +68,7 @@ class Worker:
                 return  # a heartbeat lists the others when there is room for them
             if not any(slot.lease in leases for leases in (self.free, self.used, self.over)):
                 self.free[slot.lease] = slot
+                self.wanted.pop(slot.size_bytes, None)  # the next one may be asked for at once
 
     def promise(self, slot: Slot) -> None:
         """Give a slot to a job."""

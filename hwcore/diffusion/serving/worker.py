@@ -100,7 +100,7 @@ class RoleWorker:
         self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._ready: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._closing = False
+        self._closing = self._has_computed = False
         self._manager = open_manager(self.config, token, self._hw, enums)
         self._link = WorkerLink(
             config.router,
@@ -150,6 +150,9 @@ class RoleWorker:
         ClosedError
             If the worker was closed.
         """
+        if self._has_computed:  # the caller has let go of that input by now
+            self._has_computed = False
+            self._link.memory_freed()
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -164,6 +167,7 @@ class RoleWorker:
                 if job.phase is not Phase.READY:
                     continue  # dropped meanwhile
                 job.phase, job.since = Phase.COMPUTING, time.monotonic()
+            self._has_computed = True
             return job
 
     def finish(self, job: Job, output: object) -> None:

@@ -148,3 +148,13 @@ def make(**options):
 def sleep():
     """A factory that takes too long."""
     time.sleep(600)
+
+
+def until(condition, timeout_s=30.0):
+    """Wait for a condition; say whether it came."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
