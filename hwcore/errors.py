@@ -19,6 +19,7 @@ __all__ = [
     "ConsumeOnceError",
     "ForkError",
     "HwcoreError",
+    "LateWriteError",
     "LeaseError",
     "PeerError",
     "PeerRefusedError",
@@ -72,6 +73,13 @@ class PeerError(HwcoreError, ConnectionError):
 
 class PeerTimeoutError(PeerError, TimeoutError):
     """Another process did not answer before the deadline. It may be alive."""
+
+
+class LateWriteError(PeerTimeoutError):
+    """What another process was sent had not landed by the deadline, and may land later.
+
+    Its memory must not be given to others before the writer's engine was closed.
+    """
 
 
 class PeerRefusedError(PeerError, PermissionError):

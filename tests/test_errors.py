@@ -11,6 +11,7 @@ from hwcore import errors
 BUILTINS = {
     "AllocationCancelledError": RuntimeError,
     "AllocationTimeoutError": TimeoutError,
+    "LateWriteError": TimeoutError,
     "LeaseError": LookupError,
     "ApiVersionError": RuntimeError,
     "ArgumentTypeError": TypeError,

@@ -227,8 +227,10 @@ class DiffusionTransferManager(ReceiveSlots):
 
         Raises
         ------
+        LateWriteError
+            If they had not landed in time and still may, until this manager is closed.
         PeerTimeoutError
-            If they had not landed in time. Some may land later (see ``Peer.write``).
+            If they had not landed in time, and will not.
         PeerError
             If the peer is gone, or refused the connection or the bytes. Push to another.
         TransferAbortedError, ClosedError

@@ -607,6 +607,19 @@ def test_work_for_an_epoch_of_before_is_not_done(worker):
     assert mind.todo() == []
 
 
+def test_a_worker_that_begins_again_says_no_job_is_over_but_what_its_new_epoch_says(worker):
+    mind = worker.mind
+    mind.from_router(Work(mind.epoch, 1, "r", 9.0, False), (b"r",), 1.0)
+    mind.from_router(Abort(mind.epoch, 1), (), 1.0)  # its owner is at it, and then is late
+    mind.take()
+    mind.reset()
+    mind.dropped(1)
+    assert mind.todo()[-1] == Restart()
+    mind.restarted("new", "f" * 16, worker.memory)
+    mind.tick(1.5)
+    assert [type(message) for message, _ in mind.take()] == [Register]
+
+
 def test_a_reset_for_an_epoch_of_before_is_late(worker):
     epoch = worker.mind.epoch
     worker.mind.from_router(Reset(epoch - 1), (), 1.0)

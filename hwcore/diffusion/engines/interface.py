@@ -156,9 +156,11 @@ class Peer(Protocol):
 
         Raises
         ------
+        LateWriteError
+            If they had not landed by then, and still may until this engine is closed; this peer
+            takes no more.
         PeerTimeoutError
-            If they had not landed by then. They still may, until ``writers()`` of the peer says
-            otherwise; this peer takes no more.
+            If they had not landed by then, and never will.
         PeerError
             If the peer is gone or refused them; some may have landed.
         ArgumentTypeError, ArgumentValueError, ClosedError, ForkError

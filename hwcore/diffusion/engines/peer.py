@@ -18,6 +18,7 @@ from hwcore.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     ClosedError,
+    LateWriteError,
     PeerError,
     PeerTimeoutError,
     describe,
@@ -169,12 +170,15 @@ class HostPeer(abc.ABC):
         message = f"{self._where}: write: {reason}; expected the bytes to land. Connect again, or"
         return PeerError(f"{message} send to another peer.")
 
-    def _late(self, deadline: Deadline, reason: str) -> PeerTimeoutError:
+    def _late(self, deadline: Deadline, reason: str, *, may_land: bool = False) -> PeerTimeoutError:
+        """Return the error of a write that took too long; ``may_land``: its bytes still may."""
         message = (
             f"{self._where}: write: {reason} after {deadline.timeout_s} s; expected the bytes to "
             f"land before. See whether that process is stopped or overloaded, or wait longer."
         )
-        return PeerTimeoutError(message)
+        if not may_land:
+            return PeerTimeoutError(message)
+        return LateWriteError(f"{message} They may still land until this engine is closed.")
 
 
 @contextlib.contextmanager

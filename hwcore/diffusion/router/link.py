@@ -200,6 +200,14 @@ class WorkerLink:
         """Report the new memory after a ``Restart``."""
         self._report(lambda: self._core.restarted(memory.address, memory.engine_id, memory))
 
+    def begin_again(self) -> None:
+        """Give everything up and begin again under a new epoch, with a ``Restart`` to be done.
+
+        For an owner that cannot say what its engine still writes: to the router it is as if this
+        worker had died.
+        """
+        self._report(self._core.reset)
+
     def memory_freed(self) -> None:
         """Report that memory has become free: slots that are wanted may be granted."""
         self._report(self._core.grant)

@@ -79,8 +79,8 @@ class Drop:
 class Restart:
     """Begin again with a new pool at a new address, then report :meth:`WorkerCore.restarted`.
 
-    The router took this worker for dead, and others may still write to the old pool; it must not be
-    the memory of anything else.
+    Others may still write to the old pool, for the router took this worker for dead: it must not be
+    the memory of anything else. What the old engine sent late may land until that is closed.
     """
 
 

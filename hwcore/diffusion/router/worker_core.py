@@ -188,9 +188,10 @@ class WorkerCore:
             assert_never(message)
 
     def reset(self, known: int = 0) -> None:
-        """Begin again under a new epoch: the router knows nothing of the jobs, nor of the slots.
+        """Begin again under a new epoch, as if this worker had died.
 
-        ``known`` is an epoch that the new one has to be above.
+        The router knows nothing of the jobs, nor of the slots; or nobody can say what the engine
+        may still write. ``known`` is an epoch that the new one has to be above.
         """
         if self._resetting:
             return
@@ -297,7 +298,9 @@ class WorkerCore:
         if job is not None and job.state is _State.DROPPING:
             del self._jobs[number]
             self._is_over(number)
-            if not job.forgotten:
+            # While it begins again the new epoch says it: who hears `Aborted` gives slots to others
+            # at once, and what this engine sent late may still land there.
+            if not (job.forgotten or self._resetting):
                 self._send(Aborted(self.epoch, number))
             self._restart_if_idle()
 

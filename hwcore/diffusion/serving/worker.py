@@ -22,7 +22,7 @@ from hwcore.diffusion.router.link import WorkerLink
 from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
 from hwcore.diffusion.serving.jobs import BUSY, Job, Phase, Span
 from hwcore.diffusion.serving.memory import close_manager, open_manager
-from hwcore.errors import ClosedError, HwcoreError, PeerError
+from hwcore.errors import ClosedError, HwcoreError, LateWriteError, PeerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -282,7 +282,7 @@ class RoleWorker:
 
     def _restart(self) -> None:
         """Begin again with memory that nobody else knows."""
-        _log.warning("%s: the router took it for dead; it begins again", self.config.name)
+        _log.warning("%s: it begins again, with another pool", self.config.name)
         close_manager(self.config, self._manager)
         self._manager = open_manager(self.config, self._token, self._hw, self._enums)
         self._link.restarted(self._manager)
@@ -329,7 +329,7 @@ class RoleWorker:
             if job is None or job.phase is not Phase.HELD:
                 return  # dropped meanwhile
             job.phase = Phase.PUSHING
-        seal, failure, started = b"", "", time.monotonic()
+        seal, failure, is_late, started = b"", "", False, time.monotonic()
         try:
             seal = self._manager.send_tensors(
                 job.transfer_id,
@@ -344,9 +344,12 @@ class RoleWorker:
             _log.warning(
                 "%s: request %s was not pushed: %s", self.config.name, job.request_id, text
             )
+            is_late = isinstance(error, LateWriteError)
         self._span(job.request_id, "push", started, todo.slot.size_bytes)
         with self._lock:
             unwanted, job.phase = job.is_unwanted, Phase.HELD
+        if is_late:  # the slot is not to be given out again before this engine is closed
+            self._link.begin_again()
         if unwanted:
             self._let_go(job)
         elif failure:

@@ -79,7 +79,7 @@ def test_a_stopped_peer_is_late_and_the_pool_closes(driver):
     driver.ask("os.kill(other.process.pid, signal.SIGSTOP)")
     started = driver.ask("time.monotonic()")
     name, message = driver.ask("[peer.write(engine.memory, 0, 1) for _ in range(3)]")
-    assert name == "PeerTimeoutError"
+    assert name == "LateWriteError"
     assert "no answer after 1 s" in message
     assert driver.ask("engine.connect(other.address, 1)")[0] == "PeerTimeoutError"
     assert driver.ask("time.monotonic()") - started < 6

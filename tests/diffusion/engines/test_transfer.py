@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from hwcore.diffusion.checksum import checksum
+from hwcore.diffusion.engines import tcp
 from hwcore.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     ClosedError,
+    LateWriteError,
     PeerError,
     PeerTimeoutError,
 )
@@ -226,7 +228,7 @@ def test_a_stopped_receiver_fails_a_tcp_write_at_its_deadline(opened, remote):
     peer = opened("tcp").connect(other.address, 5)
     os.kill(other.process.pid, signal.SIGSTOP)
     started = time.monotonic()
-    with pytest.raises(PeerTimeoutError, match=r"no answer after 0\.5 s"):
+    with pytest.raises(LateWriteError, match=r"no answer after 0\.5 s.*They may still land"):
         peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 0.5)
     assert time.monotonic() - started < 5
     with pytest.raises(PeerError, match="a write before this one was cut short"):
@@ -234,6 +236,33 @@ def test_a_stopped_receiver_fails_a_tcp_write_at_its_deadline(opened, remote):
     os.kill(other.process.pid, signal.SIGCONT)
     assert other.ask("engine.address") == other.address  # it survived the half of a frame
     peer.close()
+
+
+def test_after_a_tcp_write_that_was_only_slow_nothing_lands_any_more(opened, remote, monkeypatch):
+    other = remote("tcp", 256 << 20)
+    monkeypatch.setattr(tcp, "_END_S", 20.0)
+    peer = opened("tcp").connect(other.address, 5)
+    with pytest.raises(PeerTimeoutError, match="no answer") as caught:
+        peer.write(torch.ones(256 << 20, dtype=torch.uint8), 0, 0.005)
+    assert not isinstance(caught.value, LateWriteError)
+    landed = other.ask("int(engine.memory.sum())")
+    time.sleep(0.3)
+    assert other.ask("int(engine.memory.sum())") == landed < 256 << 20
+    peer.close()
+
+
+def test_what_may_land_late_lands_no_more_once_the_writer_is_known_to_have_closed(opened, remote):
+    other, engine = remote("tcp", 64 << 20), opened("tcp")
+    peer = engine.connect(other.address, 5)
+    os.kill(other.process.pid, signal.SIGSTOP)
+    with pytest.raises(LateWriteError):
+        peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 0.2)
+    engine.close()
+    os.kill(other.process.pid, signal.SIGCONT)
+    assert within(5, lambda: other.ask("engine.writers()") == {engine.id: False})
+    landed = other.ask("int(engine.memory.sum())")
+    time.sleep(0.3)
+    assert other.ask("int(engine.memory.sum())") == landed
 
 
 def test_a_tcp_write_waits_for_another_threads_no_longer_than_its_deadline(opened, remote):
