@@ -16,8 +16,8 @@ from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.serving.scheduler import SchedulerDisaggMixin
 
 if TYPE_CHECKING:
-    from hwcore.diffusion.serving.jobs import Span
     from hwcore.diffusion.serving.request import DiffusionRequest
+    from hwcore.diffusion.serving.spans import Span
 
 _NETWORKS: dict[RoleType, Any] = {
     RoleType.ENCODER: TextEncoder,

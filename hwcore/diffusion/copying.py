@@ -84,10 +84,17 @@ class LeaseIO:
         device: torch.device | str | None,
         stream: Stream | None,
         clone: bool,
+        is_received: bool = False,
     ) -> tuple[list[torch.Tensor], Event]:
-        """Return the tensors at the start of ``base``, and the event from which they are there."""
+        """Return the tensors at the start of ``base``, and the event from which they are there.
+
+        ``is_received``: a peer has written there, and no stream of this process ever does.
+        """
         if device is None and not clone:
-            self.wait_for_writes(lease, base)
+            if is_received and base.device.type == self._backend.info.device_type == "cpu":
+                lease._streams[self._backend.current_stream()] = None
+            else:
+                self.wait_for_writes(lease, base)
             if base.device.type == self._backend.info.device_type:
                 event = self._backend.create_event(base.device)
                 self._backend.record_event(event, self._backend.current_stream(base.device))

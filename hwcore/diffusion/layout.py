@@ -123,6 +123,13 @@ def layout_of(tensors: Sequence[torch.Tensor], where: str = "layout_of") -> Layo
     -----
     Mutates: none. Host sync: no.
     """
+    return layout_by(*places_of(tensors, where))
+
+
+def places_of(
+    tensors: Sequence[torch.Tensor], where: str
+) -> tuple[tuple[TensorSpec, ...], tuple[int, ...]]:
+    """Return what :func:`layout_by` takes of tensors: all that their layout depends on."""
     if len(tensors) > MAX_TENSORS:
         expected, fix = f"at most {MAX_TENSORS} tensors", "Stack them, or send several messages"
         raise _bad(where, "tree", f"{len(tensors)} tensors", expected, fix)
@@ -137,7 +144,7 @@ def layout_of(tensors: Sequence[torch.Tensor], where: str = "layout_of") -> Layo
         if number == len(specs):
             specs.append(spec)
         which.append(number)
-    return layout_by(specs, which)
+    return tuple(specs), tuple(which)
 
 
 def layout_by(specs: Sequence[TensorSpec], which: Iterable[int]) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from hwcore.diffusion.layout import (
     layout_by,
     layout_of,
     numbered,
+    places_of,
 )
 from hwcore.diffusion.specs import MAX_TENSORS, TensorSpec, check_spec
 from hwcore.diffusion.tree import flatten
@@ -30,11 +32,13 @@ __all__ = [
     "Manifest",
     "check_manifest",
     "decode_manifest",
+    "describe_tree",
     "encode_manifest",
     "manifest_of",
 ]
 
 VERSION = 1
+_ALIKE_TENSORS, _ALIKE_BYTES = 1024, 4096
 
 MAX_ENCODED_BYTES = 16 << 20
 """Bytes of an encoded manifest: what a peer may make this side decode."""
@@ -87,6 +91,32 @@ def manifest_of(
     """
     structure, tensors = flatten(tree, enums, where)
     return Manifest(structure, layout_of(tensors, where)), tensors
+
+
+def describe_tree(
+    tree: object, enums: EnumRegistry | None, where: str
+) -> tuple[Manifest, list[torch.Tensor], bytes]:
+    """Return a tree's manifest, its tensors, and the manifest encoded; as :func:`manifest_of`.
+
+    What depends on structure and shapes alone is made once for all trees that are alike: to place
+    and to encode some tensors takes longer than to send them.
+    """
+    structure, tensors = flatten(tree, enums, where)
+    specs, which = places_of(tensors, where)
+    packed = msgspec.msgpack.encode(structure)
+    if len(which) > _ALIKE_TENSORS or len(packed) > _ALIKE_BYTES:
+        manifest = Manifest(structure, layout_by(specs, which))
+        return manifest, tensors, encode_manifest(manifest, where)
+    layout, encoded = _alike(packed, specs, which)
+    return Manifest(structure, layout), tensors, encoded
+
+
+@functools.lru_cache(256)
+def _alike(
+    packed: bytes, specs: tuple[TensorSpec, ...], which: tuple[int, ...]
+) -> tuple[Layout, bytes]:
+    manifest = Manifest(msgspec.msgpack.decode(packed), layout_by(specs, which))
+    return manifest.layout, encode_manifest(manifest)
 
 
 def encode_manifest(manifest: Manifest, where: str = "encode_manifest") -> bytes:

@@ -214,7 +214,7 @@ class TransferTensorBuffer(LeasedMemory):
         with self._using(where, lease) as base:
             lease.written_bytes = manifest.size_bytes
             tensors, event = self._io.read(
-                where, lease, base, manifest.layout, device, stream, clone
+                where, lease, base, manifest.layout, device, stream, clone, is_received=True
             )
         return Loaded(unflatten(manifest.structure, tensors, self._enums, where), event)
 

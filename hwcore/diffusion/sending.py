@@ -10,7 +10,7 @@ from hwcore._checks import check_instance
 from hwcore.diffusion.checksum import Digest
 from hwcore.diffusion.engines.deadline import Deadline
 from hwcore.diffusion.host import tell_sanitizer
-from hwcore.diffusion.manifest import Manifest, encode_manifest, manifest_of
+from hwcore.diffusion.manifest import describe_tree
 from hwcore.diffusion.receiving import check_slot
 from hwcore.diffusion.running import Running
 from hwcore.diffusion.seal import seal
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from hwcore.diffusion.engines import Peer
     from hwcore.diffusion.enums import EnumRegistry
     from hwcore.diffusion.leases import Lease
+    from hwcore.diffusion.manifest import Manifest
     from hwcore.diffusion.messages import Slot
     from hwcore.diffusion.peers import Peers
     from hwcore.diffusion.pool import TransferTensorBuffer
+    from hwcore.diffusion.ways import OnPart
     from hwcore.types import Event, Stream
 
 __all__ = ["Sender", "Staged"]
@@ -166,6 +168,7 @@ class Sender:
         slot: Slot,
         stream: Stream | None,
         timeout_s: float,
+        on_part: OnPart | None,
     ) -> bytes:
         """Write a tree into a slot of a peer, and return its seal."""
         deadline = Deadline(where, timeout_s)
@@ -177,7 +180,7 @@ class Sender:
             self._peer(where, address, slot, size_bytes, deadline) as peer,
         ):
             run.check()
-            way = Way(self._backend, where, manifest.layout, tensors, stream, digest)
+            way = Way(self._backend, where, manifest.layout, tensors, stream, digest, on_part)
             memory = peer.memory
             if memory is None:
                 way.in_chunks(self._pool, self._chunk_bytes, run, peer, slot.offset, deadline)
@@ -213,8 +216,7 @@ class Sender:
     ) -> tuple[Manifest, list[torch.Tensor], bytes]:
         """Return what is sent of a tree; raise where it cannot be."""
         check_instance(where, "request_id", request_id, str, "the request's router")
-        manifest, tensors = manifest_of(tree, self._enums, where)
-        return manifest, tensors, encode_manifest(manifest, where)
+        return describe_tree(tree, self._enums, where)
 
     def _sealed(self, encoded: bytes, size_bytes: int, checksum: int | None) -> bytes:
         with self._lock:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hwcore.diffusion.enums import EnumRegistry
     from hwcore.diffusion.leases import PoolStats
     from hwcore.diffusion.messages import Slot
+    from hwcore.diffusion.ways import OnPart
     from hwcore.types import Stream
 
 __all__ = ["DiffusionTransferManager", "TransferStats"]
@@ -255,6 +256,7 @@ class DiffusionTransferManager(ReceiveSlots):
         *,
         stream: Stream | None = None,
         timeout_s: float = 30.0,
+        on_part: OnPart | None = None,
     ) -> bytes:
         """Write a tree into a slot of a peer and return the seal: stage and push in one.
 
@@ -263,12 +265,19 @@ class DiffusionTransferManager(ReceiveSlots):
         two. Arguments and errors as for :meth:`stage_tensors` and :meth:`push_to_peer`; nothing
         stays staged.
 
+        Parameters
+        ----------
+        on_part : callable, optional
+            ``on_part(kind, started, ended)``, with seconds of ``time.monotonic``: called with
+            ``"stage"`` for each part that was copied, and with ``"push"`` for each that a peer has
+            got which is not mapped, in the thread that did it.
+
         Notes
         -----
         Host sync: waits for the copies; the tensors may be written to when it returns.
         """
         where = "send_tensors"
-        return self._sender.send(where, request_id, tree, address, slot, stream, timeout_s)
+        return self._sender.send(where, request_id, tree, address, slot, stream, timeout_s, on_part)
 
     def free_staged(self, staged: Staged) -> None:
         """Give a staged tree's memory back: now, or when the last push of it has ended.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hwcore.diffusion.copying import common_device, working_on
 from hwcore.diffusion.host import tell_sanitizer
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from hwcore.diffusion.writing import Part
     from hwcore.types import Stream
 
-__all__ = ["Way", "write"]
+__all__ = ["OnPart", "Way", "write"]
+
+OnPart: TypeAlias = "Callable[[str, float, float], None]"
 
 _ALIGNMENT = 64
 _SLACK_BYTES = 2 * _ALIGNMENT  # a part begins where it would in the whole; padding may end it
@@ -47,6 +50,8 @@ class Way:
         On which copies run that a device takes part in; None: the current one.
     digest : Digest or None
         Gets the bytes of the layout, padding included.
+    on_part : callable or None
+        See ``DiffusionTransferManager.send_tensors``.
 
     Raises
     ------
@@ -62,7 +67,9 @@ class Way:
         tensors: Sequence[torch.Tensor],
         stream: Stream | None,
         digest: Digest | None,
+        on_part: OnPart | None,
     ) -> None:
+        self._on_part = on_part
         self._backend, self._layout, self._tensors = backend, layout, tensors
         self._stream, self._digest = stream, digest
         self._device = common_device(backend, where, [tensor.device for tensor in tensors])
@@ -121,15 +128,22 @@ class Way:
                 self._write(chunk, part, worker)
                 if pushing is not None:
                     pushing.result()
-                pushing = submit(write, peer, chunk, offset + part.start, deadline)
+                pushing = submit(self._push, peer, chunk, offset + part.start, deadline)
             if pushing is not None:
                 pushing.result()
 
     def _working(self) -> contextlib.AbstractContextManager[Stream | None]:
         return working_on(self._backend, self._device, self._stream, self._tensors)
 
+    def _push(self, peer: Peer, chunk: torch.Tensor, offset: int, deadline: Deadline) -> None:
+        started = time.monotonic()
+        write(peer, chunk, offset, deadline)
+        if self._on_part is not None:
+            self._on_part("push", started, time.monotonic())
+
     def _write(self, target: torch.Tensor, part: Part, worker: Stream | None) -> None:
         """Write a part, wait until it is there, and sum it."""
+        started = time.monotonic() if self._on_part is not None else 0.0
         digest = self._digest
         if digest is not None and part.is_of_host:
             write_part_summed(target, part, digest)
@@ -143,6 +157,8 @@ class Way:
         tell_sanitizer("send_tensors", [target])
         if digest is not None:
             digest.add(target)
+        if self._on_part is not None:
+            self._on_part("stage", started, time.monotonic())
 
 
 def write(peer: Peer, source: torch.Tensor, offset: int, deadline: Deadline) -> None:

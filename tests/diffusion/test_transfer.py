@@ -120,6 +120,19 @@ def test_a_tree_of_which_the_pool_holds_only_chunks_is_sent(manager, kind):
         sender.pool.free(lease)
 
 
+def test_who_wants_to_know_is_told_of_each_part(pair, kind):
+    sender, receiver = pair
+    told = []
+    sent = filled(torch.uint8, (3 << 14,))
+    slot = receiver.grant(sender.size_of(sent))
+    sender.send_tensors("r", sent, receiver.address, slot, on_part=lambda *part: told.append(part))
+    kinds = [part for part, _, _ in told]
+    assert kinds.count("stage") == (1 if kind == "shm" else 3)
+    assert kinds.count("push") == (0 if kind == "shm" else 3)
+    assert all(started <= ended for _, started, ended in told)
+    receiver.free(slot)
+
+
 def test_chunks_larger_than_the_pool_are_made_to_fit(manager):
     sender, receiver = manager(1 << 16, chunk_bytes=1 << 30), manager()
     sent = filled(torch.uint8, (60_000,))

@@ -1,4 +1,4 @@
-"""What a worker knows of its jobs, and what it tells of them."""
+"""What a worker knows of its jobs."""
 
 from __future__ import annotations
 
@@ -6,30 +6,7 @@ import dataclasses
 import enum
 from typing import Any
 
-__all__ = ["BUSY", "Job", "Phase", "Span"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """What was done for a request, and when.
-
-    Attributes
-    ----------
-    request_id, worker : str
-    kind : str
-        ``load``, ``compute``, ``stage`` or ``push``.
-    started, ended : float
-        Seconds of ``time.monotonic``, one clock for all processes of a machine.
-    size_bytes : int
-        Of the tensors; 0 where it is not known.
-    """
-
-    request_id: str
-    worker: str
-    kind: str
-    started: float
-    ended: float
-    size_bytes: int = 0
+__all__ = ["BUSY", "Job", "Phase"]
 
 
 class Phase(enum.Enum):

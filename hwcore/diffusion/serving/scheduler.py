@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from hwcore.backend import Backend
     from hwcore.diffusion.engines import Token
     from hwcore.diffusion.enums import EnumRegistry
-    from hwcore.diffusion.serving.worker import Arrival, Job, Span
+    from hwcore.diffusion.serving.spans import Span
+    from hwcore.diffusion.serving.worker import Arrival, Job
     from hwcore.types import Event, Stream
 
 __all__ = ["SchedulerDisaggMixin"]

@@ -8,21 +8,21 @@ push the outputs of those before.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import logging
 import queue
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING, Any
 
 from hwcore.activation import current_backend
 from hwcore.diffusion.codec import pack_tensors, unpack_tensors
 from hwcore.diffusion.router.link import WorkerLink
 from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
-from hwcore.diffusion.serving.jobs import BUSY, Job, Phase, Span
+from hwcore.diffusion.serving.jobs import BUSY, Job, Phase
 from hwcore.diffusion.serving.memory import close_manager, open_manager
-from hwcore.errors import ClosedError, HwcoreError, LateWriteError, PeerError
+from hwcore.diffusion.serving.outputs import send_output
+from hwcore.diffusion.serving.spans import Spans
+from hwcore.errors import ClosedError, PeerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from hwcore.diffusion.engines import Token
     from hwcore.diffusion.enums import EnumRegistry
     from hwcore.diffusion.serving.config import WorkerConfig
+    from hwcore.diffusion.serving.spans import Span
     from hwcore.types import Event, Stream
 
-__all__ = ["Arrival", "Job", "RoleWorker", "Span"]
+__all__ = ["Arrival", "Job", "RoleWorker"]
 
 _log = logging.getLogger("hwcore")
 _TURN_S = 0.2  # how soon a thread sees that it is to end
@@ -96,7 +97,7 @@ class RoleWorker:
         self.config = config
         self._token, self._prepare, self._enums = token, prepare, enums
         self._hw = backend or current_backend()
-        self._on_span = on_span
+        self._spans = Spans(config.name, on_span)
         self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._ready: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -180,7 +181,7 @@ class RoleWorker:
         ArgumentTypeError, ArgumentValueError
             If it cannot be sent. Whatever is raised, the router was told that the job failed.
         """
-        self._span(job.request_id, "compute", job.since)
+        self._spans.add(job.request_id, "compute", job.since)
         try:
             if job.is_last:
                 frames = tuple(bytes(frame) for frame in pack_tensors(output, enums=self._enums))
@@ -318,7 +319,7 @@ class RoleWorker:
         else:
             (seal,) = todo.frames
             tree, event = self._manager.load_tensors_async(todo.slot, seal, device, stream)
-        self._span(todo.request_id, "load", started, todo.slot.size_bytes if todo.slot else 0)
+        self._spans.add(todo.request_id, "load", started)
         return tree, event
 
     # --- Outputs, on the pushing threads ---
@@ -329,37 +330,14 @@ class RoleWorker:
             if job is None or job.phase is not Phase.HELD:
                 return  # dropped meanwhile
             job.phase = Phase.PUSHING
-        seal, failure, is_late, started = b"", "", False, time.monotonic()
-        try:
-            seal = self._manager.send_tensors(
-                job.transfer_id,
-                job.output,
-                todo.address,
-                todo.slot,
-                timeout_s=self.config.push_timeout_s,
-            )
-        except Exception as error:  # noqa: BLE001 - the router waits for a word
-            failure = f"{type(error).__name__}: {error}"
-            text = failure if isinstance(error, HwcoreError) else traceback.format_exc()
-            _log.warning(
-                "%s: request %s was not pushed: %s", self.config.name, job.request_id, text
-            )
-            is_late = isinstance(error, LateWriteError)
-        self._span(job.request_id, "push", started, todo.slot.size_bytes)
+        sent = send_output(self._manager, self.config, job, todo, self._spans)
         with self._lock:
             unwanted, job.phase = job.is_unwanted, Phase.HELD
-        if is_late:  # the slot is not to be given out again before this engine is closed
+        if sent.is_late:  # the slot is not to be given out again before this engine is closed
             self._link.begin_again()
         if unwanted:
             self._let_go(job)
-        elif failure:
-            self._link.push_failed(todo.job, todo.turn, failure)
+        elif sent.failure:
+            self._link.push_failed(todo.job, todo.turn, sent.failure)
         else:
-            self._link.pushed(todo.job, todo.turn, (seal,))
-
-    def _span(self, request_id: str, kind: str, started: float, size_bytes: int = 0) -> None:
-        if self._on_span is not None:
-            ended = time.monotonic()
-            span = Span(request_id, self.config.name, kind, started, ended, size_bytes)
-            with contextlib.suppress(Exception):
-                self._on_span(span)
+            self._link.pushed(todo.job, todo.turn, (sent.seal,))
