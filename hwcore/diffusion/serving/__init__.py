@@ -6,7 +6,7 @@ module         what it holds
 `request`      what travels from role to role, and what each role builds anew of it
 `ranks`        a request for every rank of a role that computes on several
 `worker`       one role's work for the router: inputs loaded ahead, outputs pushed behind; `jobs`,
-               `outputs`, `memory`, `spans` and `config` are its parts
+               `inputs`, `outputs`, `memory`, `spans` and `config` are its parts
 `scheduler`    the mixin
 =============  ==========================================================================
 """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwcore.types import Event
 
 __all__ = ["BUSY", "Job", "Phase"]
 
@@ -33,22 +36,20 @@ class Job:
     request_id : str
     is_last : bool
         Its output is the request's result.
-    deadline : float
-        Seconds of ``time.monotonic``.
     prepared : object
         What ``prepare`` made of the input.
-    phase, is_unwanted, output, since : Phase, bool, object, float
-        The worker's own.
+    phase, is_unwanted, output, computed, since : Phase, bool, object, Event or None, float
+        The worker's own. ``computed`` is the event from which the output is there.
     """
 
     number: int
     request_id: str
     is_last: bool
-    deadline: float
     prepared: Any = None
     phase: Phase = Phase.LOADING
     is_unwanted: bool = False
     output: Any = None
+    computed: Event | None = None
     since: float = 0.0
 
     @property

@@ -8,6 +8,7 @@ push the outputs of those before.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
@@ -15,9 +16,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from hwcore.activation import current_backend
-from hwcore.diffusion.codec import pack_tensors, unpack_tensors
+from hwcore.diffusion.codec import pack_tensors
 from hwcore.diffusion.router.link import WorkerLink
 from hwcore.diffusion.router.todo import Compute, Drop, Restart, Transfer
+from hwcore.diffusion.serving.inputs import Arrival
 from hwcore.diffusion.serving.jobs import BUSY, Job, Phase
 from hwcore.diffusion.serving.memory import close_manager, open_manager
 from hwcore.diffusion.serving.outputs import send_output
@@ -25,7 +27,7 @@ from hwcore.diffusion.serving.spans import Spans
 from hwcore.errors import ClosedError, PeerError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -34,32 +36,11 @@ if TYPE_CHECKING:
     from hwcore.diffusion.enums import EnumRegistry
     from hwcore.diffusion.serving.config import WorkerConfig
     from hwcore.diffusion.serving.spans import Span
-    from hwcore.types import Event, Stream
 
-__all__ = ["Arrival", "Job", "RoleWorker"]
+__all__ = ["RoleWorker"]
 
 _log = logging.getLogger("hwcore")
 _TURN_S = 0.2  # how soon a thread sees that it is to end
-
-
-class Arrival:
-    """An input that has come and is not loaded yet."""
-
-    def __init__(self, worker: RoleWorker, todo: Compute) -> None:
-        self._worker, self._todo = worker, todo
-        self.request_id = todo.request_id
-
-    def load(self, stream: Stream | None = None) -> tuple[Any, Event | None]:
-        """Return its tree on this worker's device, and the event from which it is there.
-
-        None: it is there. Of the host, tensors are views of this worker's pool.
-
-        Raises
-        ------
-        PeerError
-            If it is damaged or none.
-        """
-        return self._worker._load(self._todo, stream)
 
 
 class RoleWorker:
@@ -97,11 +78,15 @@ class RoleWorker:
         self.config = config
         self._token, self._prepare, self._enums = token, prepare, enums
         self._hw = backend or current_backend()
+        self._is_host = self._hw.info.device_type == "cpu"
         self._spans = Spans(config.name, on_span)
         self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._ready: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._closing = self._has_computed = False
+        self._why_closed = "it is closed"
+        # Not the one that computes: what is computed next would be waited for.
+        self._push_stream = None if self._is_host else self._hw.create_stream()
         self._manager = open_manager(self.config, token, self._hw, enums)
         self._link = WorkerLink(
             config.router,
@@ -162,7 +147,8 @@ class RoleWorker:
                 return None
             if job is None:
                 self._ready.put(None)  # for whoever asks again
-                message = "RoleWorker.next: it is closed; expected an open one. Make another."
+                why = self._why_closed
+                message = f"RoleWorker.next: {why}; expected an open one. Make another."
                 raise ClosedError(message)
             with self._lock:
                 if job.phase is not Phase.READY:
@@ -191,6 +177,9 @@ class RoleWorker:
             self.fail(job, error)
             raise
         job.prepared = None
+        if not (self._is_host or job.is_last):
+            job.computed = self._hw.create_event()
+            self._hw.record_event(job.computed)
         with self._lock:
             unwanted = job.is_unwanted
             if not unwanted and job.is_last:
@@ -242,13 +231,20 @@ class RoleWorker:
     # --- What the router wants, on the dispatching thread ---
 
     def _dispatch(self) -> None:
+        try:
+            self._dispatch_all()
+        except Exception as error:  # noqa: BLE001 - its owner is told
+            _log.exception("%s: it cannot go on", self.config.name)
+            self._why_closed = f"it broke: {error}"
+            self._ready.put(None)
+
+    def _dispatch_all(self) -> None:
         while not self._closing:
             todo = self._link.next(_TURN_S)
             if todo is None:
                 self._manager.settle()
             elif isinstance(todo, Compute):
-                deadline = time.monotonic() + todo.remaining_s
-                job = Job(todo.job, todo.request_id, todo.last, deadline)
+                job = Job(todo.job, todo.request_id, todo.last)
                 with self._lock:
                     self._jobs[todo.job] = job
                 self._loads.submit(self._take, job, todo)
@@ -291,16 +287,19 @@ class RoleWorker:
     # --- Inputs, on the loading thread ---
 
     def _take(self, job: Job, todo: Compute) -> None:
+        arrival = Arrival(todo, self._manager, self._hw, self._enums, self._spans)
+        failure: Exception | None = None
         try:
-            prepared = self._prepare(Arrival(self, todo))
+            prepared = self._prepare(arrival)
         except Exception as error:  # noqa: BLE001 - whatever it is, the router is to know
             _log.warning("%s: request %s: %s", self.config.name, job.request_id, str(error))
-            self.fail(job, error)
+            failure = error
+        if todo.slot is not None:  # views keep it from reuse
+            self._manager.finish(todo.slot)
+            self._link.memory_freed()
+        if failure is not None:
+            self.fail(job, failure)
             return
-        finally:
-            if todo.slot is not None:  # views keep it from reuse
-                self._manager.finish(todo.slot)
-                self._link.memory_freed()
         with self._lock:
             unwanted = job.is_unwanted
             if not unwanted:
@@ -310,18 +309,6 @@ class RoleWorker:
         else:
             self._ready.put(job)
 
-    def _load(self, todo: Compute, stream: Stream | None) -> tuple[Any, Event | None]:
-        started = time.monotonic()
-        device = None if self._hw.info.device_type == "cpu" else self._hw.device()
-        event: Event | None
-        if todo.slot is None:
-            tree, event = unpack_tensors(todo.frames, device, enums=self._enums), None
-        else:
-            (seal,) = todo.frames
-            tree, event = self._manager.load_tensors_async(todo.slot, seal, device, stream)
-        self._spans.add(todo.request_id, "load", started)
-        return tree, event
-
     # --- Outputs, on the pushing threads ---
 
     def _push(self, todo: Transfer) -> None:
@@ -330,7 +317,8 @@ class RoleWorker:
             if job is None or job.phase is not Phase.HELD:
                 return  # dropped meanwhile
             job.phase = Phase.PUSHING
-        sent = send_output(self._manager, self.config, job, todo, self._spans)
+        with self._after(job):
+            sent = send_output(self._manager, self.config, job, todo, self._spans)
         with self._lock:
             unwanted, job.phase = job.is_unwanted, Phase.HELD
         if sent.is_late:  # the slot is not to be given out again before this engine is closed
@@ -341,3 +329,13 @@ class RoleWorker:
             self._link.push_failed(todo.job, todo.turn, sent.failure)
         else:
             self._link.pushed(todo.job, todo.turn, (sent.seal,))
+
+    @contextlib.contextmanager
+    def _after(self, job: Job) -> Iterator[None]:
+        """Copy on a stream of its own, after what the job computed and nothing that came later."""
+        if self._push_stream is None or job.computed is None:
+            yield
+            return
+        self._hw.wait_event(job.computed, self._push_stream)
+        with self._hw.stream_context(self._push_stream):
+            yield

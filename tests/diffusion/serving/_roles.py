@@ -134,7 +134,8 @@ class Role(SchedulerDisaggMixin):
         request = COMPUTE[self.role](request)
         device = self._disagg_hw.device()
         request.fields = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            # By the device's own work, so that it is queued.
+            name: value.to(device) * 1 if isinstance(value, torch.Tensor) else value
             for name, value in request.fields.items()
         }
         return request

@@ -7,16 +7,64 @@ import torch
 
 from hwcore.diffusion.roles import PIPELINE, RoleType
 from hwcore.errors import RequestError
+from hwcore.testing.loop_engine import LoopEngine
 
 from . import _roles
 
 
-@pytest.mark.usefixtures("in_any_order", "watched")
+@pytest.fixture(params=["shared memory", "page-locked"])
+def memory_kind(hw, request, monkeypatch):
+    """Pools of other processes' kind; and of one whose copies a device makes when it likes."""
+    if request.param == "page-locked":
+        monkeypatch.setattr(
+            "hwcore.diffusion.serving.memory.open_engine",
+            lambda specs, size_bytes, token, **options: LoopEngine(hw, size_bytes),
+        )
+
+
+@pytest.mark.usefixtures("in_any_order", "watched", "memory_kind")
 def test_a_request_goes_through_all_roles_and_streams_do_not_race(serve):
     served = serve()
     pending = [served.ask(number, 100 + number) for number in range(8)]
     for number, one in enumerate(pending):
         assert _roles.same(one.result(), number, 100 + number)
+
+
+@pytest.mark.usefixtures("in_any_order", "watched", "memory_kind")
+def test_a_role_may_compute_on_a_stream_of_its_own(serve, hw):
+    class OnItsOwn(_roles.Role):
+        def _disagg_prefetch_event_loop(self):
+            with hw.stream_context(hw.create_stream()):
+                super()._disagg_prefetch_event_loop()
+
+    served = serve([OnItsOwn(role) for role in PIPELINE])
+    pending = [served.ask(number, 100 + number) for number in range(8)]
+    for number, one in enumerate(pending):
+        assert _roles.same(one.result(), number, 100 + number)
+
+
+@pytest.mark.usefixtures("in_any_order", "watched")
+def test_what_is_computed_comes_after_what_is_loaded(hw):
+    role, side = _roles.Role(RoleType.DECODER), hw.create_stream()
+    role._disagg_hw = hw
+    with hw.stream_context(side):
+        loaded, event = torch.ones(1000, device=hw.device()) * 3, hw.create_event()
+        hw.record_event(event)
+    role._disagg_take_over(_roles.DiffusionRequest("r", {"latents": [loaded, None]}), event)
+    assert (loaded * 2).cpu().tolist() == [6.0] * 1000
+
+
+def test_a_worker_that_cannot_go_on_ends_its_loop(serve, monkeypatch):
+    from hwcore.diffusion.serving import worker
+
+    def broken(*arguments):
+        raise MemoryError
+
+    served = serve()
+    monkeypatch.setattr(worker, "open_manager", broken)
+    served.roles[0]._disagg_worker._link.begin_again()
+    served.threads[0].join(10)
+    assert not served.threads[0].is_alive()
 
 
 def test_what_an_engine_adds_arrives_at_the_last_role(serve):
