@@ -257,7 +257,7 @@ class SchedulerDisaggMixin:
 
     def _disagg_take_over(self, request: DiffusionRequest, event: Event | None) -> None:
         """Order the current stream after the load, and let it free what was loaded."""
-        if event is None or self._disagg_hw.info.device_type == "cpu":
+        if event is None:
             return
         stream = self._disagg_hw.current_stream()
         self._disagg_hw.wait_event(event, stream)
