@@ -1,8 +1,37 @@
 """Disaggregated diffusion: tensors from role to role, in memory that is given out in leases.
 
-``DiffusionTransferManager`` moves trees from process to process: containers of tensors and plain
-values, never by pickle. ``TransferTensorBuffer`` is the memory that it gives out, ``pack_tensors``
-and ``unpack_tensors`` are the way by a socket. Nothing here knows a device.
+``TransferTensorBuffer`` is the memory, ``DiffusionTransferManager`` brings trees of tensors from
+the memory of one process into another's, ``pack_tensors`` and ``unpack_tensors`` are the way by a
+socket. Trees are containers of tensors and plain values; nothing is ever pickled, and nothing here
+knows a device. From the bottom up:
+
+==================  =========================================================================
+modules             what they hold
+==================  =========================================================================
+`tree`, `enums`     nested containers as a structure and a flat list of tensors
+`specs`, `layout`,  what a tensor is, where each lies in a range of bytes, and both with the
+`manifest`          structure: what is said of a tree
+`views`, `host`,    bytes seen as tensors, tensors as bytes; how they are copied and summed
+`writing`,
+`copying`,
+`checksum`
+`codec`             a tree as the frames of a message
+`allocator`,        ranges of a pool, who has them, who waits for them; the pool
+`leases`,
+`waiting`,
+`lending`, `pool`
+`engines/`          bytes from one process's pool into another's
+`peers`, `running`, the manager's parts: connections, calls that are at work, ways to a slot,
+`ways`, `seal`,     what a receiver must know, both sides; and the manager
+`sending`,
+`receiving`,
+`transfer`
+`roles`,            who does what for a request, and what clients, router and workers say
+`messages`
+`router/`           requests through workers, over sockets
+`serving/`          what makes a role of a scheduler
+`launch/`           what starts roles and router, and starts them again
+==================  =========================================================================
 """
 
 from __future__ import annotations
@@ -22,7 +51,10 @@ from hwcore.diffusion.sending import Staged
 from hwcore.diffusion.transfer import DiffusionTransferManager, TransferStats
 
 if TYPE_CHECKING:
+    from hwcore.diffusion.router.client import RouterClient as RouterClient
     from hwcore.diffusion.router.server import Router as Router
+    from hwcore.diffusion.serving.request import DiffusionRequest as DiffusionRequest
+    from hwcore.diffusion.serving.scheduler import SchedulerDisaggMixin as SchedulerDisaggMixin
 
 __all__ = [
     "DiffusionTransferManager",
@@ -48,8 +80,17 @@ __all__ = [
 ]
 
 
+# What needs more than this package does: hwcore[diffusion].
+_LATER = {
+    "DiffusionRequest": "hwcore.diffusion.serving.request",
+    "Router": "hwcore.diffusion.router",
+    "RouterClient": "hwcore.diffusion.router",
+    "SchedulerDisaggMixin": "hwcore.diffusion.serving.scheduler",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name != "Router":  # which needs more than this package does
+    if name not in _LATER:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    return importlib.import_module("hwcore.diffusion.router").Router
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -127,7 +127,7 @@ def some_world(seed):
 FOUND_FAULTS = [1071, 1831, 2016, 2274]
 
 
-@pytest.mark.parametrize("seeds", [range(n, n + 10) for n in range(0, 150, 10)] + [FOUND_FAULTS])
+@pytest.mark.parametrize("seeds", [range(n, n + 20) for n in range(0, 460, 20)] + [FOUND_FAULTS])
 def test_whoever_dies_or_hangs_every_request_is_answered_once_and_nothing_is_left(seeds):
     for seed in seeds:
         world = some_world(seed)
