@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from hwcore.backend import Backend
     from hwcore.diffusion.engines import Token
     from hwcore.diffusion.enums import EnumRegistry
+    from hwcore.diffusion.serving.inputs import Arrival
+    from hwcore.diffusion.serving.jobs import Job
     from hwcore.diffusion.serving.spans import Span
-    from hwcore.diffusion.serving.worker import Arrival, Job
     from hwcore.types import Event, Stream
 
 __all__ = ["SchedulerDisaggMixin"]
