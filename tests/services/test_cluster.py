@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 import time
+import types
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_it_ends_the_cluster_that_it_started(launched):
     launcher.close()
     assert not ray.is_initialized()
     launcher.close()  # once more is harmless
+
+
+def test_a_cluster_of_several_machines_is_refused(monkeypatch):
+    nodes = [{"NodeManagerAddress": f"10.0.0.{n}", "Alive": n < 3} for n in range(1, 4)]
+    ray = types.SimpleNamespace(is_initialized=lambda: True, nodes=lambda: nodes)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(CapabilityError, match=r"machines 10\.0\.0\.1, 10\.0\.0\.2; expected one"):
+        RayLauncher(deployment())
 
 
 def test_without_ray_the_error_names_the_extra(monkeypatch):

@@ -6,7 +6,7 @@ module         what it holds
 `deployment`   what is to run: roles, how many of each, the router
 `process`      one process of it, as its launcher starts it
 `local`        processes of this machine; the default
-`cluster`      actors of a Ray cluster
+`cluster`      actors of Ray, on this machine
 =============  ==========================================================================
 """
 

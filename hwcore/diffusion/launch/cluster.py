@@ -84,8 +84,9 @@ class _Member:
 class RayLauncher:
     """Starts a deployment's processes as actors of Ray. Use it in a ``with`` block.
 
-    Where Ray is not connected to a cluster yet, it starts one of this machine alone, at
-    127.0.0.1, without dashboard and usage statistics, and ends it in the end.
+    All on one machine, whose router and pools are at 127.0.0.1. Where Ray is not connected to a
+    cluster yet, it starts one of this machine, without dashboard and usage statistics, and ends it
+    in the end.
 
     Parameters
     ----------
@@ -95,8 +96,7 @@ class RayLauncher:
     token : Token, optional
         By default a new one.
     token_file : path, optional
-        Where each machine of the cluster has it, of mode 0600; see ``Token.save``. By default a
-        new file of this machine, removed in the end.
+        Where it is, of mode 0600; see ``Token.save``. By default a new file, removed in the end.
     metrics_port : int, optional
         As for :class:`~hwcore.diffusion.launch.local.LocalLauncher`.
 
@@ -108,7 +108,7 @@ class RayLauncher:
     Raises
     ------
     CapabilityError
-        If Ray is not installed.
+        If Ray is not installed, or its cluster has several machines.
     PeerError, PeerTimeoutError
         If an actor ended before it was ready, or was not ready in time: a cluster without room
         leaves it waiting.
@@ -197,6 +197,14 @@ class RayLauncher:
 
     def _connect(self) -> None:
         if self._ray.is_initialized():
+            alive = [node["NodeManagerAddress"] for node in self._ray.nodes() if node["Alive"]]
+            if len(alive) > 1:
+                message = (
+                    f"RayLauncher: the cluster has the machines {', '.join(alive)}; expected one, "
+                    f"for router and pools are at 127.0.0.1. Start the roles of each machine "
+                    f"yourself: docs/ascend.md shows how, for any device."
+                )
+                raise CapabilityError(message)
             return
         specs = self.deployment.roles
         self._ray.init(

@@ -106,7 +106,6 @@ class SchedulerDisaggMixin:
         check_instance("_init_disagg_state", "config", config, WorkerConfig, "WorkerConfig()")
         self._disagg_config, self._disagg_token = config, token
         self._disagg_hw: Backend = backend or current_backend()
-        self._disagg_role = config.role
         self._disagg_stopping = threading.Event()
         self._disagg_ranks = (
             RankGroup(group, self._disagg_hw, enums=self.disagg_enums)
