@@ -295,7 +295,8 @@ class DiffusionTransferManager(ReceiveSlots):
         Returns
         -------
         bool
-            True: nothing of it is being written any more. False: something still was after
+            True: nothing of it is being written any more, and nothing lands but what a
+            ``LateWriteError`` has told of. False: something still was after
             ``timeout_s`` (a push to a peer that hangs ends at its own deadline); call again.
 
         Notes

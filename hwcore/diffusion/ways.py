@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from hwcore.diffusion.copying import common_device, working_on
 from hwcore.diffusion.host import tell_sanitizer
 from hwcore.diffusion.writing import parts_of, write_part, write_part_summed
-from hwcore.errors import PeerTimeoutError
+from hwcore.errors import LateWriteError, PeerTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -121,16 +121,23 @@ class Way:
             if worker is not None:
                 lease.record_stream(worker)  # this may end with copies under way
             base, pushing = pool.untracked(lease), None
-            for number, part in enumerate(parts_of(self._layout, self._tensors, chunk_bytes)):
-                run.check()
-                start = number % 2 * stride + part.start % _ALIGNMENT
-                chunk = base[start : start + part.size_bytes]
-                self._write(chunk, part, worker)
+            try:
+                for number, part in enumerate(parts_of(self._layout, self._tensors, chunk_bytes)):
+                    run.check()
+                    start = number % 2 * stride + part.start % _ALIGNMENT
+                    chunk = base[start : start + part.size_bytes]
+                    self._write(chunk, part, worker)
+                    if pushing is not None:
+                        pushing.result()
+                    pushing = submit(self._push, peer, chunk, offset + part.start, deadline)
                 if pushing is not None:
                     pushing.result()
-                pushing = submit(self._push, peer, chunk, offset + part.start, deadline)
-            if pushing is not None:
-                pushing.result()
+            except BaseException as error:
+                # That bytes may land later is what the caller must hear, whatever else ended this.
+                late = None if pushing is None else pushing.exception()
+                if isinstance(late, LateWriteError) and late is not error:
+                    raise late from error
+                raise
 
     def _working(self) -> contextlib.AbstractContextManager[Stream | None]:
         return working_on(self._backend, self._device, self._stream, self._tensors)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from hwcore.errors import PeerError, PeerTimeoutError
+from hwcore.errors import LateWriteError, PeerError, PeerTimeoutError
 
 from ._tensors import filled, same
 from .engines._remote import Remote, within
@@ -140,7 +140,7 @@ def test_a_receiver_that_hangs_is_late_and_is_reached_again_when_it_wakes(manage
     deliver(sender, tree[:1000], other.address, slot)
     os.kill(other.process.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(PeerTimeoutError):
+        with pytest.raises(LateWriteError):
             deliver(sender, tree[: 3 << 20], other.address, slot, 0.3)
         assert sender.stats().peers == 0
     finally:
@@ -148,6 +148,28 @@ def test_a_receiver_that_hangs_is_late_and_is_reached_again_when_it_wakes(manage
     seal = deliver(sender, tree[:5000], other.address, slot)
     other.ask("manager.consume(slot)")
     assert other.ask(f"manager.load_tensors(slot, {seal!r}).numel()") == 5000
+
+
+@pytest.mark.parametrize("kind", ["tcp"], indirect=True)
+def test_that_bytes_may_land_late_is_heard_whatever_else_ended_a_send(manager, remote):
+    sender, other = manager(8 << 20, chunk_bytes=1 << 20), remote(64 << 20)
+    tree = filled(torch.uint8, (7 << 20,))
+    slot = slot_of(other, tree.nbytes)
+    sender.send_tensors("r", tree[:1000], other.address, slot)
+    os.kill(other.process.pid, signal.SIGSTOP)
+    stages = []
+
+    def fail_at_the_second_part(what, started, ended):
+        stages.append(what)
+        if len(stages) == 2:
+            raise KeyError(what)
+
+    with pytest.raises(LateWriteError) as caught:
+        sender.send_tensors(
+            "r", tree, other.address, slot, timeout_s=0.3, on_part=fail_at_the_second_part
+        )
+    assert isinstance(caught.value.__cause__, KeyError)
+    os.kill(other.process.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("kind", ["tcp"], indirect=True)

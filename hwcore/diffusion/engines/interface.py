@@ -152,13 +152,14 @@ class Peer(Protocol):
         offset : int
             In bytes; ``[offset, offset + n)`` lies in the pool.
         timeout_s : float
-            Seconds at most, the wait for other threads included.
+            Seconds at most, the wait for other threads included; a quarter of one more where it
+            is to be seen whether bytes may land later.
 
         Raises
         ------
         LateWriteError
-            If they had not landed by then, and still may until this engine is closed; this peer
-            takes no more.
+            If they had not landed by then, and still may; this peer takes no more. They land no
+            more once this engine is closed and :meth:`Engine.writers` there says False.
         PeerTimeoutError
             If they had not landed by then, and never will.
         PeerError

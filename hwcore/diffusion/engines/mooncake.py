@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from hwcore.diffusion.engines import mooncake_library
+from hwcore.diffusion.engines import forks, mooncake_library
 from hwcore.diffusion.engines.handshake import Session, Welcome, accept, welcome
 from hwcore.diffusion.engines.host import HostEngine, Settings
 from hwcore.diffusion.engines.listener import Listener
@@ -41,7 +41,21 @@ _SLEEP_S = 50e-6
 _LINGER_S = 1.0
 """How long bytes of a dead writer may still be on their way in: they have their own connection."""
 
+_STALL_S = 0.5
+"""A write that failed after as long as this was not refused: some of it may be under way."""
+
 _leaked: list[object] = []
+
+
+class _Abandoned(NamedTuple):
+    """A batch that nobody waits for any more, and what stays until it has ended.
+
+    ``connection``, whose end tells the receiver that nothing comes any more, and what is read.
+    """
+
+    batch: int
+    holder: object
+    connection: socket.socket
 
 
 class MooncakeEngine(HostEngine):
@@ -72,7 +86,7 @@ class MooncakeEngine(HostEngine):
             undo.callback(self.library.close)
             self.library.register(memory.address, memory.tensor.numel())
             self._facts = Welcome(settings.size_bytes, self.library.segment, memory.address)
-            self._abandoned: list[tuple[int, object]] = []
+            self._abandoned: list[_Abandoned] = []
             super().__init__(settings, memory)
             self._address = f"mooncake:{place}"
             self._listener = Listener(self.name, sock, settings.max_peers, self._serve)
@@ -94,6 +108,7 @@ class MooncakeEngine(HostEngine):
         return {"mooncake": self._dial}
 
     def _dial(self, place: str, deadline: Deadline) -> MooncakePeer:
+        self._let_go_of_ended()
         address = f"mooncake:{place}"
         sock, facts = dialled(self.name, place, self.id, self._settings.token, deadline)
         try:
@@ -109,23 +124,32 @@ class MooncakeEngine(HostEngine):
         start = self._memory.address
         return start <= address and address + size_bytes <= start + self.size_bytes
 
-    def abandon(self, batch: int, holder: object) -> None:
-        """Keep what a batch reads that nobody waits for any more."""
+    def abandon(self, batch: int, holder: object, sock: socket.socket) -> None:
+        """Keep what a batch reads that nobody waits for any more, and its peer's connection."""
+        connection = sock.dup()
+        forks.close_in_children(connection)
         with self._lock:
-            self._abandoned.append((batch, holder))
+            self._abandoned.append(_Abandoned(batch, holder, connection))
+
+    def _let_go_of_ended(self) -> int:
+        """Close the connections of abandoned batches that have ended; return how many have not."""
+        with self._lock:
+            abandoned, self._abandoned = self._abandoned, []
+            for one in abandoned:
+                if self.library.landed(one.batch) is None:
+                    self._abandoned.append(one)
+                else:
+                    one.connection.close()
+            return len(self._abandoned)
 
     def _close_transport(self) -> None:
         end = time.monotonic() + mooncake_library.PROGRESS_S + 1
-        running = self._abandoned
-        while running and time.monotonic() < end:
-            running = [entry for entry in running if self.library.landed(entry[0]) is None]
-            if running:
-                time.sleep(0.01)
+        while (running := self._let_go_of_ended()) and time.monotonic() < end:
+            time.sleep(0.01)
         if running:
             # Its threads may still read: better lost memory than memory of somebody else.
-            _log.error("mooncake: %d writes never ended; their memory is not given back",
-                       len(running))  # fmt: skip
-            _leaked.extend((self.library, self._memory.tensor, running))
+            _log.error("mooncake: %d writes never ended; their memory is not given back", running)
+            _leaked.extend((self.library, self._memory.tensor, self._abandoned))
             return
         self.library.unregister(self._memory.address)
         self.library.close()
@@ -169,23 +193,29 @@ class MooncakePeer(HostPeer):
     def _push(
         self, address: int, target: int, size_bytes: int, deadline: Deadline, holder: object
     ) -> None:
-        """Write registered memory; once more where that failed: it may fail for nothing."""
-        library = self._engine.library
+        """Write registered memory; once more where that failed at once: it may fail for nothing."""
+        library, is_begun = self._engine.library, False
         for _ in range(2):
+            started = time.monotonic()
             batch = library.submit(self._segment, address, target, size_bytes)
+            is_begun = is_begun or batch is not None
             if batch is not None and self._wait(batch, deadline, holder):
                 return
             if self._watch.gone():
+                reason = "it is gone"
+                raise self._lost(reason)
+            if time.monotonic() - started > _STALL_S:
                 break
-        raise self._lost("Mooncake said twice that it failed" if not self._watch.gone() else
-                         "it is gone")  # fmt: skip
+        reason = "Mooncake said that it failed"
+        error = self._lost(reason)
+        raise self._late(deadline, reason, may_land=True) if is_begun else error
 
     def _wait(self, batch: int, deadline: Deadline, holder: object) -> bool:
         """Wait for a batch and say whether it landed."""
         try:
             return self._poll(batch, deadline)
         except BaseException:  # an interrupt among them: it goes on reading
-            self._engine.abandon(batch, holder)
+            self._engine.abandon(batch, holder, self._sock)
             raise
 
     def _poll(self, batch: int, deadline: Deadline) -> bool:

@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 __all__ = ["TcpEngine", "TcpPeer", "dialled", "listening"]
 
 STALL_S = 30.0
+"""How long a writer may leave a frame unfinished before its connection is dropped."""
+
 _END_S = 0.25
 """How long a write that was too late waits for the other side to see its end."""
-
-"""How long a writer may leave a frame unfinished before its connection is dropped."""
 
 
 class TcpEngine(HostEngine):
@@ -188,27 +188,35 @@ class TcpPeer(HostPeer):
         try:
             send(self._sock, deadline, header.packed(self._key), view)
             return receive(self._sock, ANSWER_BYTES, deadline)
-        except TimeoutError:
-            may_land = not self._ended()
-            raise self._late(deadline, "no answer", may_land=may_land) from None
-        except (EOFError, OSError) as error:
+        except (EOFError, ConnectionError) as error:
             reason = f"the connection broke ({error or 'end of data'})"
             raise self._lost(reason) from error
+        except OSError as error:  # late; or the network is silent, and what it has may still come
+            if self._closed:
+                raise self._lost(CUT_SHORT) from error
+            said = "" if type(error) is TimeoutError and error.errno is None else f" ({error})"
+            may_land = not self._ended()
+            raise self._late(deadline, f"no answer{said}", may_land=may_land) from error
 
     def _ended(self) -> bool:
-        """End the connection; say whether the other side has taken all that it will ever take."""
-        with contextlib.suppress(OSError):
+        """End the connection; say whether the other side has taken all that it will ever take.
+
+        What lies in its buffers it reads, and lands, before it sees the end and closes. A reset
+        says as much: there is no reader any more. All else, such as a silent network, says nothing.
+        """
+        deadline = Deadline("write", _END_S)
+        try:
             self._sock.shutdown(socket.SHUT_WR)
-            # What lies in its buffers is read, and landed, before it sees the end and closes.
-            deadline = Deadline("write", _END_S)
-            with contextlib.suppress(TimeoutError):
-                while True:
-                    self._sock.settimeout(deadline.left_s())
-                    if not self._sock.recv(ANSWER_BYTES):
-                        return True
-            self._sock.shutdown(socket.SHUT_RDWR)
+            while True:
+                self._sock.settimeout(deadline.left_s())
+                if not self._sock.recv(ANSWER_BYTES):
+                    return True
+        except ConnectionError:
+            return True
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
             return False
-        return True  # it closed, or its machine did: a connection that is reset takes nothing
 
 
 def listening(settings: Settings) -> tuple[socket.socket, str]:

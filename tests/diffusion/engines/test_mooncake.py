@@ -87,6 +87,21 @@ def test_a_stopped_peer_is_late_and_the_pool_closes(driver):
     assert driver.ask("engine.close()") is None
 
 
+def test_what_mooncake_gives_up_may_land_late_and_no_more_once_its_writer_has_closed(driver):
+    driver.ask("os.kill(other.process.pid, signal.SIGSTOP)")
+    driver.ask("filled = engine.memory.fill_(1)")
+    name, message = driver.ask("[peer.write(engine.memory, 0, 60) for _ in range(3)]")
+    assert name == "LateWriteError"
+    assert "Mooncake said that it failed" in message
+    driver.ask("sender = engine.id; engine.close()")
+    driver.ask("os.kill(other.process.pid, signal.SIGCONT)")
+    writers = "_remote.within(20, lambda: other.ask('engine.writers()') == {sender: False})"
+    assert driver.ask(writers) is True
+    driver.ask("landed = other.ask('int(engine.memory.sum())')")
+    change = "_remote.within(0.3, lambda: other.ask('int(engine.memory.sum())') != landed)"
+    assert driver.ask(change) is False
+
+
 def test_a_fork_is_refused_where_it_would_hang(driver):
     write = "peer.write(torch.ones(9, dtype=torch.uint8), 0, 5)"
     assert driver.ask(f"_remote.forked(lambda: {write})")[0] == "ForkError"

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from hwcore.diffusion.engines import mooncake, mooncake_library
-from hwcore.errors import CapabilityError, ClosedError, PeerError, PeerTimeoutError
+from hwcore.errors import (
+    CapabilityError,
+    ClosedError,
+    LateWriteError,
+    PeerError,
+    PeerTimeoutError,
+)
 
 from ._remote import within
 
@@ -118,20 +124,45 @@ def test_one_failure_is_tried_again_and_two_are_an_error(library, pair, data, fa
     peer.write(data, 0, 5)
     assert torch.equal(receiver.memory[: len(data)], data)
     library.statuses += [failure, failure]
-    with pytest.raises(PeerError, match="said twice that it failed"):
+    with pytest.raises(PeerError, match="said that it failed") as caught:
         peer.write(data, 0, 5)
-    with pytest.raises(PeerError, match="said twice"):
+    assert isinstance(caught.value, LateWriteError) is (failure != "none")  # it was never begun
+    with pytest.raises(PeerError, match="said that it failed"):
         peer.write(data, 0, 5)
+
+
+def test_what_failed_after_a_while_is_not_tried_again_for_it_may_still_land(
+    library, pair, data, monkeypatch
+):
+    _, peer, receiver = pair
+    monkeypatch.setattr(mooncake, "_STALL_S", 0.0)
+    library.statuses += [-1]
+    with pytest.raises(LateWriteError, match="said that it failed"):
+        peer.write(data, 0, 5)
+    assert not receiver.memory.any()
+
+
+def test_the_receiver_hears_of_the_end_only_when_an_abandoned_write_has_ended(library, pair, data):
+    sender, peer, receiver = pair
+    library.statuses += [0]
+    with pytest.raises(LateWriteError):
+        peer.write(data, 0, 0.1)
+    peer.close()
+    assert not within(0.3, lambda: receiver.writers() != {sender.id: True})
+    sender.library._engine.batches[sender._abandoned[0].batch] = -1
+    sender.connect(receiver.address, 5).close()  # looks what has ended
+    assert within(5, lambda: receiver.writers() == {sender.id: False})
+    assert not sender._abandoned
 
 
 def test_a_write_that_hangs_ends_at_its_deadline_and_its_memory_is_kept(library, pair, data):
     sender, peer, _ = pair
     library.statuses += [0]
     started = time.monotonic()
-    with pytest.raises(PeerTimeoutError, match=r"no answer after 0\.2 s"):
+    with pytest.raises(LateWriteError, match=r"no answer after 0\.2 s"):
         peer.write(data, 0, 0.2)
     assert time.monotonic() - started < 2
-    ((batch, holder),) = sender._abandoned
+    ((batch, holder, _),) = sender._abandoned
     peer.close()
     assert holder.any()  # still mapped
     sender.library._engine.batches[batch] = -1  # it ends, and the engine can close
@@ -141,15 +172,17 @@ def test_a_write_that_hangs_ends_at_its_deadline_and_its_memory_is_kept(library,
 def test_a_write_that_never_ends_leaves_its_memory_behind_and_says_so(
     library, pair, data, monkeypatch, caplog
 ):
-    sender, peer, _ = pair
+    sender, peer, receiver = pair
     monkeypatch.setattr(mooncake_library, "PROGRESS_S", -0.9)
     monkeypatch.setattr(mooncake, "_leaked", leaked := [])
     library.statuses += [0]
-    with pytest.raises(PeerTimeoutError):
+    with pytest.raises(LateWriteError):
         peer.write(data, 0, 0.1)
     sender.close()
     assert "1 writes never ended" in caplog.text
-    assert leaked
+    assert not within(0.3, lambda: receiver.writers() != {sender.id: True})
+    leaked[-1][0].connection.close()  # as the end of the process would
+    assert within(5, lambda: receiver.writers() == {sender.id: False})
 
 
 def test_closing_ends_a_write_that_hangs(library, pair, data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import threading
 import time
 
@@ -236,6 +237,49 @@ def test_a_stopped_receiver_fails_a_tcp_write_at_its_deadline(opened, remote):
     os.kill(other.process.pid, signal.SIGCONT)
     assert other.ask("engine.address") == other.address  # it survived the half of a frame
     peer.close()
+
+
+def test_what_timed_out_for_certain_changes_nothing_when_the_receiver_wakes(kind, opened, remote):
+    other, ones = remote(kind), torch.ones(1 << 20, dtype=torch.uint8)
+    peer = opened(kind).connect(other.address, 5)
+    os.kill(other.process.pid, signal.SIGSTOP)
+    with peer._turn, pytest.raises(PeerTimeoutError) as waited:  # as another thread's write has it
+        peer.write(ones, 0, 0.1)
+    with pytest.raises(PeerTimeoutError) as connected:
+        opened(kind).connect(other.address, 0.3)
+    os.kill(other.process.pid, signal.SIGCONT)
+    assert not isinstance(waited.value, LateWriteError)
+    assert not isinstance(connected.value, LateWriteError)
+    assert not within(0.3, lambda: other.ask("int(engine.memory.sum())"))
+
+
+def test_a_tcp_receiver_that_wakes_while_a_late_write_looks_takes_nothing_after_it(
+    opened, remote, monkeypatch
+):
+    other = remote("tcp", 64 << 20)
+    monkeypatch.setattr(tcp, "_END_S", 20.0)
+    peer = opened("tcp").connect(other.address, 5)
+    os.kill(other.process.pid, signal.SIGSTOP)
+    waking = threading.Timer(0.6, os.kill, (other.process.pid, signal.SIGCONT))
+    waking.start()
+    with pytest.raises(PeerTimeoutError, match="no answer") as caught:
+        peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 0.2)
+    assert waking.finished.is_set()  # before that nobody could know
+    landed = other.ask("int(engine.memory.sum())")
+    assert not isinstance(caught.value, LateWriteError)
+    assert 0 < landed < 64 << 20
+    assert not within(0.3, lambda: other.ask("int(engine.memory.sum())") != landed)
+
+
+def test_a_tcp_write_into_a_silent_network_may_land_late(opened, remote):
+    other = remote("tcp", 64 << 20)
+    peer = opened("tcp").connect(other.address, 5)
+    peer._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 300)
+    os.kill(other.process.pid, signal.SIGSTOP)
+    with pytest.raises(LateWriteError, match=r"Connection timed out.*They may still land"):
+        peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 20)
+    os.kill(other.process.pid, signal.SIGCONT)
+    assert within(5, lambda: other.ask("int(engine.memory.sum())"))  # it did
 
 
 def test_after_a_tcp_write_that_was_only_slow_nothing_lands_any_more(opened, remote, monkeypatch):
