@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = {KIB: "1 KiB", MIB: "1 MiB", 16 * MIB: "16 MiB", 64 * MIB: "64 MiB"}
 POOL = 80 * MIB
-SAID = struct.Struct("!cI")  # what to do, and bytes of the seal
+SAID = struct.Struct("!cI")  # what to do, and of how many bytes
+MOST = 4096  # of a message; a seal of one tensor has less than 100 bytes
 GRANTED = struct.Struct("!QQQ")
 
 engines = load("transfer_engines")
@@ -63,7 +64,8 @@ class Other:
     def __init__(self, kind: str, summed: bool) -> None:
         token = Token.create()
         fd = token.descriptor()
-        self._control, theirs = socket.socketpair()
+        # A message is one call of the system here and there, with a seal in it or without.
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--receive", kind, str(int(summed)), str(theirs.fileno())],
             pass_fds=[fd, theirs.fileno()],
@@ -76,20 +78,20 @@ class Other:
 
     def slot(self, size_bytes: int) -> Slot:
         """Return a new slot; the one before is free."""
-        self._control.sendall(SAID.pack(b"g", size_bytes))
-        return Slot(*GRANTED.unpack(self._control.recv(GRANTED.size, socket.MSG_WAITALL)))
+        self._control.send(SAID.pack(b"g", size_bytes))
+        return Slot(*GRANTED.unpack(self._control.recv(MOST)))
 
     def loaded(self, seal: bytes) -> None:
         """Have the other process load what is in its slot, and wait until it has it."""
-        self._control.sendall(SAID.pack(b"l", len(seal)) + seal)
-        if self._control.recv(1) != b"k":
+        self._control.send(b"l" + seal)
+        if self._control.recv(MOST) != b"k":
             message = "the other process ended"
             raise RuntimeError(message)
 
     def ping(self) -> None:
         """Wait for an answer."""
-        self._control.sendall(SAID.pack(b"p", 0))
-        self._control.recv(1)
+        self._control.send(b"p")
+        self._control.recv(MOST)
 
     def close(self) -> None:
         """End both."""
@@ -102,28 +104,27 @@ def receive(kind: str, summed: bool, control: socket.socket) -> None:
     """Load what lands, in the other process, until the connection ends."""
     torch.set_num_threads(1)
     receiver = manager(kind, summed, Token.from_environment())
-    control.sendall(json.dumps(receiver.address).encode())
+    control.send(json.dumps(receiver.address).encode())
     slot = None
-    while said := control.recv(SAID.size, socket.MSG_WAITALL):
-        what, count = SAID.unpack(said)
-        if what == b"g":
-            if slot is not None:
-                receiver.free(slot)
-            slot = receiver.grant(count)
-            assert slot is not None
-            control.sendall(GRANTED.pack(slot.lease, slot.offset, slot.size_bytes))
-        elif what == b"l":
-            seal = control.recv(count, socket.MSG_WAITALL)
+    while said := control.recv(MOST):
+        what = said[:1]
+        if what == b"l":
             assert slot is not None
             receiver.consume(slot)
-            view = receiver.load_tensors(slot, seal)
-            _ = int(view[0]) + int(view[-1])
-            control.sendall(b"k")
+            view = receiver.load_tensors(slot, said[1:])
+            view[-1].item()  # it is usable, to its last byte
+            control.send(b"k")
             del view
             receiver.finish(slot)
             slot = None
+        elif what == b"g":
+            if slot is not None:
+                receiver.free(slot)
+            slot = receiver.grant(SAID.unpack(said)[1])
+            assert slot is not None
+            control.send(GRANTED.pack(slot.lease, slot.offset, slot.size_bytes))
         else:
-            control.sendall(b"k")
+            control.send(b"k")
     receiver.close()
 
 

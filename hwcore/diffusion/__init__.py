@@ -43,11 +43,12 @@ from hwcore.diffusion.codec import pack_tensors, unpack_tensors
 from hwcore.diffusion.enums import EnumRegistry
 from hwcore.diffusion.host import TensorWrapper
 from hwcore.diffusion.layout import Layout, TensorEntry, layout_of
-from hwcore.diffusion.leases import Lease, PoolStats
+from hwcore.diffusion.leases import Lease
 from hwcore.diffusion.manifest import Manifest, decode_manifest, encode_manifest, manifest_of
 from hwcore.diffusion.pool import Loaded, TransferTensorBuffer, Written
 from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.sending import Staged
+from hwcore.diffusion.table import PoolStats
 from hwcore.diffusion.transfer import DiffusionTransferManager, TransferStats
 
 if TYPE_CHECKING:

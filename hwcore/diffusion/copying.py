@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hwcore.diffusion.leases import Lease
     from hwcore.types import Event, Stream
 
-__all__ = ["LeaseIO", "common_device", "working_on"]
+__all__ = ["LeaseIO", "check_not_captured", "common_device", "working_on"]
 
 
 class LeaseIO:
@@ -231,13 +231,18 @@ def common_device(
         got = ", ".join(sorted(map(str, {*devices})))
         fix = "Write the tensors of each device into a lease of their own, from its own process"
         raise ArgumentValueError(describe(where, "devices", got, expected, fix))
+    check_not_captured(backend, where)
+    return found.pop() if found else None
+
+
+def check_not_captured(backend: Backend, where: str) -> None:
+    """Raise CaptureError if a graph is being captured."""
     if backend.is_capturing():
         message = (
             f"{where} was called while a graph is captured; expected it outside, for a pool's "
             f"memory changes hands. Copy what a replay leaves, after it."
         )
         raise CaptureError(message)
-    return found.pop() if found else None
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:

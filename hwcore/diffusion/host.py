@@ -19,6 +19,7 @@ __all__ = [
     "copy_to_host",
     "host_alias",
     "in_memory_order",
+    "is_sanitized",
     "tell_sanitizer",
     "tensor_over",
 ]
@@ -96,6 +97,11 @@ def tell_sanitizer(
 
         # Where the device is the host, its streams order this like any torch call.
         kernel(name, reads=reads, writes=writes, host=not tracker.is_host_backend)
+
+
+def is_sanitized() -> bool:
+    """Say whether :func:`tell_sanitizer` has anyone to tell, before tensors are made for it."""
+    return _sanitizer() is not None
 
 
 def _sanitizer() -> Any:

@@ -13,7 +13,7 @@ tensors has less than 1.6 % of it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -36,6 +36,7 @@ __all__ = [
     "layout_by",
     "layout_of",
     "numbered",
+    "places_of",
 ]
 
 LARGE_BYTES = 4096
@@ -123,28 +124,50 @@ def layout_of(tensors: Sequence[torch.Tensor], where: str = "layout_of") -> Layo
     -----
     Mutates: none. Host sync: no.
     """
-    return layout_by(*places_of(tensors, where))
+    specs, which, _ = places_of(tensors, where)
+    return layout_by(specs, which)
 
 
-def places_of(
-    tensors: Sequence[torch.Tensor], where: str
-) -> tuple[tuple[TensorSpec, ...], tuple[int, ...]]:
-    """Return what :func:`layout_by` takes of tensors: all that their layout depends on."""
+class Places(NamedTuple):
+    """All that the layout of tensors depends on, and more that is seen on the way.
+
+    Attributes
+    ----------
+    specs, which : tuple
+        As for :func:`layout_by`.
+    are_small : bool
+        Whether all are small, in the host's memory, and lie there as they will in the layout.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    which: tuple[int, ...]
+    are_small: bool
+
+
+def places_of(tensors: Sequence[torch.Tensor], where: str) -> Places:
+    """Return the places of tensors; as :func:`layout_of`."""
     if len(tensors) > MAX_TENSORS:
         expected, fix = f"at most {MAX_TENSORS} tensors", "Stack them, or send several messages"
         raise _bad(where, "tree", f"{len(tensors)} tensors", expected, fix)
     specs: list[TensorSpec] = []
     numbers: dict[Any, int] = {}
-    which = []
+    which, are_small = [], True
     for index, tensor in enumerate(tensors):
         spec = spec_of(where, index, tensor)
-        lazy = tensor.is_conj(), tensor.is_neg()
-        same = tensor.data_ptr(), tensor.device, tensor.stride(), lazy, spec
+        is_conj, is_neg, is_cpu = tensor.is_conj(), tensor.is_neg(), tensor.is_cpu
+        device = None if is_cpu else tensor.device
+        same = tensor.data_ptr(), device, tensor.stride(), is_conj, is_neg, spec
         number = numbers.setdefault(same, len(specs))
         if number == len(specs):
             specs.append(spec)
+            are_small = are_small and (
+                is_cpu
+                and tensor.nbytes < LARGE_BYTES
+                and tensor.is_contiguous()
+                and not (is_conj or is_neg or tensor._is_zerotensor())
+            )
         which.append(number)
-    return tuple(specs), tuple(which)
+    return Places(tuple(specs), tuple(which), are_small)
 
 
 def layout_by(specs: Sequence[TensorSpec], which: Iterable[int]) -> Layout:

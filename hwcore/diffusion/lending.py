@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -13,12 +12,12 @@ from hwcore._checks import check_instance, check_size, check_tensor
 from hwcore.activation import current_backend
 from hwcore.diffusion.copying import LeaseIO
 from hwcore.diffusion.layout import LARGE_ALIGNMENT
-from hwcore.diffusion.leases import Lease, LeaseTable, PoolStats, stale
+from hwcore.diffusion.leases import Lease, Using, stale
+from hwcore.diffusion.table import LeaseTable, PoolStats
 from hwcore.diffusion.waiting import WaitingLine, check_timeout
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, ClosedError, LeaseError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
@@ -142,15 +141,24 @@ class LeasedMemory:
                 if not lease._freed and request_id in (None, lease.request_id)
             ]
 
-    def untracked(self, lease: Lease) -> torch.Tensor:
+    def untracked(self, lease: Lease, size_bytes: int | None = None) -> torch.Tensor:
         """Return a lease's range as a view that does not keep it; for its holder, while it is one.
+
+        ``size_bytes``: only the first of its bytes, by default all.
 
         A tracked one (``Lease.memory``) would live on in the traceback of an error, and with it the
         range would be kept for as long as somebody has the error.
         """
         with self._lock:
             self._check("TransferTensorBuffer.untracked", lease)
-            return self._table.memory[lease.offset : lease.offset + lease.size_bytes]
+            count = lease.size_bytes if size_bytes is None else min(size_bytes, lease.size_bytes)
+            return self._table.memory[lease.offset : lease.offset + count]
+
+    def sum_of(self, lease: Lease, size_bytes: int) -> int:
+        """Return the checksum of a lease's first bytes, of the host; as :meth:`untracked`."""
+        with self._lock:
+            self._check("TransferTensorBuffer.sum_of", lease)
+        return self._table.sum_of(lease, size_bytes)
 
     def quarantine(self, lease: Lease, holder: str) -> None:
         """Keep a lease's range from reuse until ``release``, whether the lease is freed or not.
@@ -230,14 +238,11 @@ class LeasedMemory:
                     raise ClosedError(message)
             time.sleep(1e-3)
 
-    @contextlib.contextmanager
-    def _using(self, where: str, lease: Lease) -> Iterator[torch.Tensor]:
+    def _using(self, where: str, lease: Lease) -> Using:
         """Return a lease's memory, alone with it; while it is held the range is not reused."""
         with self._lock:
             self._check(where, lease)
-            base = self._table.base(lease)
-        with lease._lock:
-            yield base
+            return Using(lease, self._table.base(lease))
 
     def _take(self, size_bytes: int, request_id: str) -> Lease | None:
         """Return a lease where there is room and nobody else waits; the lock is held."""

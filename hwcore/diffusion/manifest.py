@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from hwcore._checks import check_instance
+from hwcore.diffusion.gathering import Gathering
 from hwcore.diffusion.layout import (
     Layout,
     check_layout,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_ENCODED_BYTES",
+    "Described",
     "Manifest",
     "check_manifest",
     "decode_manifest",
@@ -77,6 +79,7 @@ class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 _decoder = msgspec.msgpack.Decoder(_Wire)
+_encoder = msgspec.msgpack.Encoder()
 
 
 def manifest_of(
@@ -93,30 +96,50 @@ def manifest_of(
     return Manifest(structure, layout_of(tensors, where)), tensors
 
 
-def describe_tree(
-    tree: object, enums: EnumRegistry | None, where: str
-) -> tuple[Manifest, list[torch.Tensor], bytes]:
-    """Return a tree's manifest, its tensors, and the manifest encoded; as :func:`manifest_of`.
+class Described(NamedTuple):
+    """A tree that is about to be sent.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    encoded : bytes
+        The manifest, for the other side.
+    tensors : list of Tensor
+        In the order of the layout's entries.
+    gathering : Gathering or None
+        How they are copied where all are small and the host's.
+    """
+
+    manifest: Manifest
+    encoded: bytes
+    tensors: list[torch.Tensor]
+    gathering: Gathering | None
+
+
+def describe_tree(tree: object, enums: EnumRegistry | None, where: str) -> Described:
+    """Return what is to be known of a tree that is sent; it is checked as by :func:`manifest_of`.
 
     What depends on structure and shapes alone is made once for all trees that are alike: to place
     and to encode some tensors takes longer than to send them.
     """
     structure, tensors = flatten(tree, enums, where)
-    specs, which = places_of(tensors, where)
-    packed = msgspec.msgpack.encode(structure)
+    specs, which, are_small = places_of(tensors, where)
+    packed = _encoder.encode(structure)
     if len(which) > _ALIKE_TENSORS or len(packed) > _ALIKE_BYTES:
         manifest = Manifest(structure, layout_by(specs, which))
-        return manifest, tensors, encode_manifest(manifest, where)
-    layout, encoded = _alike(packed, specs, which)
-    return Manifest(structure, layout), tensors, encoded
+        return Described(manifest, encode_manifest(manifest, where), tensors, None)
+    layout, encoded, gathering = _alike(packed, specs, which)
+    return Described(
+        Manifest(structure, layout), encoded, tensors, gathering if are_small else None
+    )
 
 
 @functools.lru_cache(256)
 def _alike(
     packed: bytes, specs: tuple[TensorSpec, ...], which: tuple[int, ...]
-) -> tuple[Layout, bytes]:
+) -> tuple[Layout, bytes, Gathering]:
     manifest = Manifest(msgspec.msgpack.decode(packed), layout_by(specs, which))
-    return manifest.layout, encode_manifest(manifest)
+    return manifest.layout, encode_manifest(manifest), Gathering(manifest.layout)
 
 
 def encode_manifest(manifest: Manifest, where: str = "encode_manifest") -> bytes:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from hwcore.errors import ClosedError, PeerTimeoutError
+from hwcore.errors import ArgumentValueError, ClosedError, PeerError, PeerTimeoutError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
 
     from hwcore.diffusion.engines import Engine, Peer
     from hwcore.diffusion.engines.deadline import Deadline
+    from hwcore.diffusion.messages import Slot
+    from hwcore.diffusion.running import Running
 
-__all__ = ["Peers"]
+__all__ = ["Peers", "Reached", "Using"]
 
 _IDLE_AT_MOST = 64
 
@@ -47,8 +48,7 @@ class Peers:
         with self._lock:
             return sum(entry.peer is not None for entry in self._entries.values())
 
-    @contextlib.contextmanager
-    def using(self, address: str, deadline: Deadline) -> Iterator[Peer]:
+    def using(self, address: str, deadline: Deadline) -> Using:
         """Give the peer at an address; where the block raises, one that is dead is dropped.
 
         Who connects elsewhere does not wait for it; who wants the same peer shares it.
@@ -59,21 +59,7 @@ class Peers:
             As ``Engine.connect``; also if another thread is connecting there for too long.
         ClosedError
         """
-        with self._lock:
-            if self._closed:
-                raise _closed()
-            # An address of the wrong type is refused by the engine.
-            entry = self._entries.setdefault(address, _Entry())
-            entry.users += 1
-        failed = True
-        try:
-            yield self._connected(entry, address, deadline)
-            failed = False
-        finally:
-            with self._lock:
-                entry.users -= 1
-            if failed:
-                self.drop_dead()
+        return Using(self, address, deadline)
 
     def drop_dead(self) -> None:
         """Let go of peers that are gone, whose memory may still be mapped, and of too many."""
@@ -102,11 +88,27 @@ class Peers:
             if peer is not None:
                 peer.close()
 
-    def _connected(self, entry: _Entry, address: str, deadline: Deadline) -> Peer:
+    def _taken(self, address: str) -> _Entry:
+        """Return the entry of an address, with one user more."""
         with self._lock:
-            if address in self._entries:
+            if self._closed:
+                raise _closed()
+            entry = self._entries.get(address)
+            if entry is None:  # an address of the wrong type is refused by the engine
+                entry = self._entries[address] = _Entry()
+            else:
                 self._entries.move_to_end(address)
-            peer = entry.peer
+            entry.users += 1
+            return entry
+
+    def _left(self, entry: _Entry, *, has_failed: bool) -> None:
+        with self._lock:
+            entry.users -= 1
+        if has_failed:
+            self.drop_dead()
+
+    def _connected(self, entry: _Entry, address: str, deadline: Deadline) -> Peer:
+        peer = entry.peer
         if peer is not None and peer.alive:
             return peer
         try:
@@ -130,6 +132,59 @@ class Peers:
             return peer
         finally:
             entry.connecting.release()
+
+
+class Using:
+    """The ``with`` block of :meth:`Peers.using`."""
+
+    def __init__(self, peers: Peers, address: str, deadline: Deadline) -> None:
+        self._peers, self._address, self._deadline = peers, address, deadline
+
+    def __enter__(self) -> Peer:
+        self._entry = self._peers._taken(self._address)
+        try:
+            return self._peers._connected(self._entry, self._address, self._deadline)
+        except BaseException:
+            self._peers._left(self._entry, has_failed=True)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._peers._left(self._entry, has_failed=kind is not None)
+
+
+class Reached:
+    """The ``with`` block of who writes into a slot: gives its peer, if the slot can be there."""
+
+    def __init__(
+        self, using: Using, running: Running, where: str, address: str, slot: Slot
+    ) -> None:
+        self._using, self._running = using, running
+        self._where, self._address, self._slot = where, address, slot
+
+    def __enter__(self) -> Peer:
+        peer = self._using.__enter__()
+        slot, size_bytes = self._slot, peer.size_bytes
+        if slot.offset + slot.size_bytes > size_bytes:
+            self._using.__exit__(None)
+            expected = f"within the {size_bytes} bytes at {self._address}"
+            fix = "Pass the slot together with the address of the engine that granted it"
+            raise ArgumentValueError(describe(self._where, "slot", slot, expected, fix))
+        return peer
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._using.__exit__(kind)
+        if isinstance(error, ClosedError) and not self._running.is_closed:
+            message = (
+                f"{self._where}: the connection to {self._address} was dropped while this used it; "
+                f"expected it to last, but another write through it failed. Send again, or to "
+                f"another peer."
+            )
+            raise PeerError(message) from error
 
 
 def _late(address: str, timeout_s: float) -> PeerTimeoutError:

@@ -7,8 +7,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from hwcore._checks import check_instance, check_size
-from hwcore.diffusion.checksum import Digest
-from hwcore.diffusion.host import tell_sanitizer
 from hwcore.diffusion.messages import Slot
 from hwcore.diffusion.seal import unseal
 from hwcore.errors import ArgumentTypeError, LeaseError, PeerError, describe
@@ -137,8 +135,7 @@ class ReceiveSlots:
             lease = self._consumed(where, slot).lease
         manifest, summed = unseal(seal, lease.size_bytes, where)
         if self._is_checked:
-            content = self.pool.untracked(lease)[: manifest.size_bytes]
-            _check_sum(where, slot, content, summed)
+            self._check_sum(where, slot, lease, manifest.size_bytes, summed)
         return self.pool.read_received(where, lease, manifest, device, stream, clone)
 
     def _settle_slots(self) -> None:
@@ -166,6 +163,21 @@ class ReceiveSlots:
             consumed = sum(held.consumed for held in self._held.values())
             return len(self._held) - consumed, consumed, len(self._writers)
 
+    def _check_sum(
+        self, where: str, slot: Slot, lease: Lease, size_bytes: int, summed: int | None
+    ) -> None:
+        if summed is None:
+            expected = "a checksum, which this side is to check"
+            fix = "Make both managers with checksum=True, or both without"
+            raise PeerError(describe(where, "checksum of the seal", summed, expected, fix))
+        found = self.pool.sum_of(lease, size_bytes)
+        if found != summed:
+            message = (
+                f"{where}: {slot} holds {size_bytes} bytes with the checksum {found:#x}; expected "
+                f"{summed:#x}, as its writer says. Send them again, to another slot."
+            )
+            raise PeerError(message)
+
     def _find(self, where: str, slot: Slot) -> _Held | None:
         check_slot(where, slot)
         held = self._held.get(slot.lease)
@@ -183,24 +195,7 @@ class ReceiveSlots:
 def check_slot(where: str, slot: Slot) -> None:
     """Raise unless ``slot`` is one whose numbers can be."""
     check_instance(where, "slot", slot, Slot, "grant()")
-    for number in (slot.lease, slot.offset, slot.size_bytes):
-        if type(number) is not int or number < 0:
-            expected, fix = "whole numbers of at least 0", "Pass what grant() returned"
-            raise ArgumentTypeError(describe(where, "slot", slot, expected, fix))
-
-
-def _check_sum(where: str, slot: Slot, content: torch.Tensor, summed: int | None) -> None:
-    if summed is None:
-        expected = "a checksum, which this side is to check"
-        fix = "Make both managers with checksum=True, or both without"
-        raise PeerError(describe(where, "checksum of the seal", summed, expected, fix))
-    tell_sanitizer("checksum", [content])
-    digest = Digest()
-    digest.add(content)
-    found = digest.value
-    if found != summed:
-        message = (
-            f"{where}: {slot} holds {content.numel()} bytes with the checksum {found:#x}; expected "
-            f"{summed:#x}, as its writer says. Send them again, to another slot."
-        )
-        raise PeerError(message)
+    numbers = slot.lease, slot.offset, slot.size_bytes
+    if not type(numbers[0]) is type(numbers[1]) is type(numbers[2]) is int or min(numbers) < 0:
+        expected, fix = "whole numbers of at least 0", "Pass what grant() returned"
+        raise ArgumentTypeError(describe(where, "slot", slot, expected, fix))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from hwcore.errors import ClosedError, TransferAbortedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from hwcore.diffusion.pool import TransferTensorBuffer
 
 __all__ = ["Run", "Running"]
@@ -20,11 +17,19 @@ _LOOK_S = 0.02
 
 
 class Run:
-    """One call that is at work for a request."""
+    """One call that is at work for a request, from the beginning to the end of a ``with`` block."""
 
-    def __init__(self, where: str, request_id: str) -> None:
+    def __init__(self, running: Running, where: str, request_id: str) -> None:
+        self._running = running
         self.where, self.request_id = where, request_id
         self.is_aborted = self.is_cut = False
+
+    def __enter__(self) -> Self:
+        self._running.begin(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._running.end(self)
 
     def check(self) -> None:
         """Raise if the request was aborted, or the manager does not wait any longer."""
@@ -57,20 +62,22 @@ class Running:
         with self._changed:
             return len(self._runs)
 
-    @contextlib.contextmanager
-    def run(self, where: str, request_id: str) -> Iterator[Run]:
-        """Count as a call that is at work."""
-        run = Run(where, request_id)
+    def run(self, where: str, request_id: str) -> Run:
+        """Return what counts as a call that is at work, in a ``with`` block."""
+        return Run(self, where, request_id)
+
+    def begin(self, run: Run) -> None:
+        """Count a call, or raise ClosedError."""
         with self._changed:
             if self.is_closed:
-                raise closed(where)
+                raise closed(run.where)
             self._runs.add(run)
-        try:
-            yield run
-        finally:
-            with self._changed:
-                self._runs.discard(run)
-                self._changed.notify_all()
+
+    def end(self, run: Run) -> None:
+        """Count a call no more."""
+        with self._changed:
+            self._runs.discard(run)
+            self._changed.notify_all()
 
     def abort(self, request_id: str) -> set[Run]:
         """Make a request's calls fail when they next look; return them."""

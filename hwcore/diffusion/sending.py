@@ -7,15 +7,17 @@ import threading
 from typing import TYPE_CHECKING
 
 from hwcore._checks import check_instance
-from hwcore.diffusion.checksum import Digest
+from hwcore.diffusion.checksum import Digest, sum_of
+from hwcore.diffusion.copying import check_not_captured
 from hwcore.diffusion.engines.deadline import Deadline
 from hwcore.diffusion.host import tell_sanitizer
 from hwcore.diffusion.manifest import describe_tree
+from hwcore.diffusion.peers import Reached
 from hwcore.diffusion.receiving import check_slot
 from hwcore.diffusion.running import Running
 from hwcore.diffusion.seal import seal
 from hwcore.diffusion.ways import Way, write
-from hwcore.errors import ArgumentValueError, ClosedError, LeaseError, PeerError, describe
+from hwcore.errors import ArgumentValueError, LeaseError, PeerError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
     from hwcore.backend import Backend
     from hwcore.diffusion.engines import Peer
     from hwcore.diffusion.enums import EnumRegistry
+    from hwcore.diffusion.gathering import Gathering
     from hwcore.diffusion.leases import Lease
-    from hwcore.diffusion.manifest import Manifest
+    from hwcore.diffusion.manifest import Described, Manifest
     from hwcore.diffusion.messages import Slot
     from hwcore.diffusion.peers import Peers
     from hwcore.diffusion.pool import TransferTensorBuffer
@@ -110,7 +113,7 @@ class Sender:
         self, where: str, request_id: str, tree: object, stream: Stream | None, timeout_s: float
     ) -> Staged:
         """Copy a tree into the pool; where it raises nothing is held there."""
-        manifest, tensors, encoded = self._described(where, request_id, tree)
+        manifest, encoded, tensors, _ = self._described(where, request_id, tree)
         with self.running.run(where, request_id) as run:
             lease = self._pool.allocate(manifest.size_bytes, request_id, timeout_s=timeout_s)
             try:
@@ -148,11 +151,9 @@ class Sender:
         ):
             run.check()
             tell_sanitizer(where, [staged._lease.payload])  # for which the host has waited
-            payload = self._pool.untracked(staged._lease)[: staged.size_bytes]
+            payload = self._pool.untracked(staged._lease, staged.size_bytes)
             if self._is_summed and staged._checksum is None:
-                digest = Digest()
-                digest.add(payload)
-                staged._checksum = digest.value
+                staged._checksum = sum_of(payload)
             for start in range(0, staged.size_bytes, _PIECE_BYTES):
                 run.check()
                 write(peer, payload[start : start + _PIECE_BYTES], slot.offset + start, deadline)
@@ -173,22 +174,28 @@ class Sender:
         """Write a tree into a slot of a peer, and return its seal."""
         deadline = Deadline(where, timeout_s)
         check_slot(where, slot)
-        manifest, tensors, encoded = self._described(where, request_id, tree)
-        size_bytes, digest = manifest.size_bytes, Digest() if self._is_summed else None
+        described = self._described(where, request_id, tree)
+        manifest, size_bytes = described.manifest, described.manifest.size_bytes
         with (
             self.running.run(where, request_id) as run,
             self._peer(where, address, slot, size_bytes, deadline) as peer,
         ):
             run.check()
-            way = Way(self._backend, where, manifest.layout, tensors, stream, digest, on_part)
-            memory = peer.memory
-            if memory is None:
-                way.in_chunks(self._pool, self._chunk_bytes, run, peer, slot.offset, deadline)
+            digest = Digest() if self._is_summed else None
+            memory, tensors, gathering = peer.memory, described.tensors, described.gathering
+            if memory is None or gathering is None or on_part is not None:
+                way = Way(self._backend, where, manifest.layout, tensors, stream, digest, on_part)
+                if memory is None:
+                    way.in_chunks(self._pool, self._chunk_bytes, run, peer, slot.offset, deadline)
+                else:
+                    way.straight(memory[slot.offset : slot.offset + size_bytes])
             else:
-                way.straight(memory[slot.offset : slot.offset + size_bytes])
+                target = memory[slot.offset : slot.offset + size_bytes]
+                self._gather(where, gathering, tensors, target, digest)
+            if memory is not None:
                 _check_alive(where, peer, address)
             run.check()
-        return self._sealed(encoded, size_bytes, None if digest is None else digest.value)
+        return self._sealed(described.encoded, size_bytes, None if digest is None else digest.value)
 
     # --- Ends ---
 
@@ -211,9 +218,21 @@ class Sender:
 
     # --- Parts ---
 
-    def _described(
-        self, where: str, request_id: str, tree: object
-    ) -> tuple[Manifest, list[torch.Tensor], bytes]:
+    def _gather(
+        self,
+        where: str,
+        gathering: Gathering,
+        tensors: list[torch.Tensor],
+        target: torch.Tensor,
+        digest: Digest | None,
+    ) -> None:
+        """Write small tensors of the host to memory of the host: no stream has a part in it."""
+        check_not_captured(self._backend, where)
+        gathering.gather(target, tensors)
+        if digest is not None:
+            digest.add(target)
+
+    def _described(self, where: str, request_id: str, tree: object) -> Described:
         """Return what is sent of a tree; raise where it cannot be."""
         check_instance(where, "request_id", request_id, str, "the request's router")
         return describe_tree(tree, self._enums, where)
@@ -240,30 +259,16 @@ class Sender:
                 if staged._is_freed:
                     self._free(staged)
 
-    @contextlib.contextmanager
     def _peer(
         self, where: str, address: str, slot: Slot, size_bytes: int, deadline: Deadline
-    ) -> Iterator[Peer]:
+    ) -> Reached:
         """Give the peer at an address, if the slot can be there and is large enough."""
         if size_bytes > slot.size_bytes:
             expected = f"at most {slot.size_bytes}, as {slot} has"
             fix = "Ask the receiver for what size_of() says of the tree"
             raise ArgumentValueError(describe(where, "bytes to send", size_bytes, expected, fix))
-        try:
-            with self._peers.using(address, deadline) as peer:
-                if slot.offset + slot.size_bytes > peer.size_bytes:
-                    expected = f"within the {peer.size_bytes} bytes at {address}"
-                    fix = "Pass the slot together with the address of the engine that granted it"
-                    raise ArgumentValueError(describe(where, "slot", slot, expected, fix))
-                yield peer
-        except ClosedError as error:
-            if self.running.is_closed:
-                raise
-            message = (
-                f"{where}: the connection to {address} was dropped while this used it; expected it "
-                f"to last, but another write through it failed. Send again, or to another peer."
-            )
-            raise PeerError(message) from error
+        using = self._peers.using(address, deadline)
+        return Reached(using, self.running, where, address, slot)
 
     def _free(self, staged: Staged) -> None:
         """Free it, now or with its last push; the lock is held."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -88,15 +89,21 @@ def spec_of(where: str, index: int, tensor: torch.Tensor) -> TensorSpec:
     if tensor.is_nested:
         fix = "Pass the tensors that unbind() returns"
         raise _unfit(where, index, "a nested tensor", "one shape", fix)
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         fix = "Pass one that has elements, or its shape"
         raise _unfit(where, index, tensor.device, "a device with memory", fix)
     name = _DTYPE_NAMES.get(tensor.dtype)
     if name is None:
         fix = "Convert it; of a quantised tensor pass int_repr(), scale and zero point"
         raise _unfit(where, index, tensor.dtype, "a dtype that torch can clone", fix)
-    kept = None if tensor.is_contiguous() or not is_dense(tensor) else tensor.stride()
-    return TensorSpec(name, tuple(tensor.shape), kept)
+    if tensor.is_contiguous():
+        return _row_major(name, tensor.shape)
+    return TensorSpec(name, tuple(tensor.shape), tensor.stride() if is_dense(tensor) else None)
+
+
+@functools.lru_cache(1024)
+def _row_major(name: str, shape: torch.Size) -> TensorSpec:
+    return TensorSpec(name, tuple(shape))
 
 
 def spec_by(where: str, shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from hwcore.backend import Backend
     from hwcore.diffusion.engines import Engine
     from hwcore.diffusion.enums import EnumRegistry
-    from hwcore.diffusion.leases import PoolStats
     from hwcore.diffusion.messages import Slot
+    from hwcore.diffusion.table import PoolStats
     from hwcore.diffusion.ways import OnPart
     from hwcore.types import Stream
 

@@ -110,8 +110,11 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as(dtype: str, memory: torch.Tensor) -> torch.Tensor:
-    item = DTYPES[dtype].itemsize
-    return memory[: memory.numel() // item * item].view(DTYPES[dtype])
+    if dtype == "uint8":
+        return memory
+    item, count = DTYPES[dtype].itemsize, memory.numel()
+    whole = memory[: count // item * item] if count % item else memory
+    return whole.view(DTYPES[dtype])
 
 
 def _strides(entry: TensorEntry) -> tuple[int, ...]:

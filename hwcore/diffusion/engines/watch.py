@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -72,8 +71,10 @@ class Watch:
     def gone(self, timeout_s: float = 0.0) -> bool:
         """Wait, and say whether the other end is gone; -1 waits for as long as it takes."""
         if not self._gone:
-            with contextlib.suppress(ValueError, OSError):  # closed under it: not known to be gone
+            try:
                 self._gone = bool(self._epoll.poll(timeout_s))
+            except (ValueError, OSError):  # closed under it: not known to be gone
+                return False
         return self._gone
 
     def close(self) -> None:
