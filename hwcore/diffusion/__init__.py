@@ -12,12 +12,13 @@ modules             what they hold
 `specs`, `layout`,  what a tensor is, where each lies in a range of bytes, and both with the
 `manifest`          structure: what is said of a tree
 `views`, `host`,    bytes seen as tensors, tensors as bytes; how they are copied and summed
+`gathering`,
 `writing`,
 `copying`,
 `checksum`
 `codec`             a tree as the frames of a message
 `allocator`,        ranges of a pool, who has them, who waits for them; the pool
-`leases`,
+`leases`, `table`,
 `waiting`,
 `lending`, `pool`
 `engines/`          bytes from one process's pool into another's
@@ -25,6 +26,7 @@ modules             what they hold
 `ways`, `seal`,     what a receiver must know, both sides; and the manager
 `sending`,
 `receiving`,
+`stats`,
 `transfer`
 `roles`,            who does what for a request, and what clients, router and workers say
 `messages`
@@ -48,8 +50,9 @@ from hwcore.diffusion.manifest import Manifest, decode_manifest, encode_manifest
 from hwcore.diffusion.pool import Loaded, TransferTensorBuffer, Written
 from hwcore.diffusion.roles import RoleType
 from hwcore.diffusion.sending import Staged
+from hwcore.diffusion.stats import TransferStats
 from hwcore.diffusion.table import PoolStats
-from hwcore.diffusion.transfer import DiffusionTransferManager, TransferStats
+from hwcore.diffusion.transfer import DiffusionTransferManager
 
 if TYPE_CHECKING:
     from hwcore.diffusion.router.client import RouterClient as RouterClient

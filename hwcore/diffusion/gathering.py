@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from hwcore.diffusion.host import tell_sanitizer
+from hwcore.diffusion.host import is_sanitized, tell_sanitizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,14 +30,14 @@ class Gathering:
     """
 
     def __init__(self, layout: Layout) -> None:
-        first = {entry.offset: index for index, entry in reversed([*enumerate(layout.entries)])
-                 if entry.size_bytes}  # fmt: skip
-        self._moves = [(first[entry.offset], entry.offset, entry.size_bytes)
-                       for entry in layout.places()]  # fmt: skip
-        self._gaps = [(start, end - start) for start, end in layout.gaps()]
+        first: dict[int, int] = {}
+        for index, entry in enumerate(layout.entries):
+            if entry.size_bytes:  # else its offset says nothing
+                first.setdefault(entry.offset, index)
+        self._moves = [(first[e.offset], e.offset, e.size_bytes) for e in layout.places()]
 
     def gather(self, target: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
-        """Write tensors, and zeros between them.
+        """Write small tensors, which a layout places without gaps.
 
         Parameters
         ----------
@@ -48,6 +48,5 @@ class Gathering:
         start, move = target.data_ptr(), ctypes.memmove
         for index, offset, size_bytes in self._moves:
             move(start + offset, tensors[index].data_ptr(), size_bytes)
-        for offset, size_bytes in self._gaps:  # whoever had this memory before left bytes there
-            ctypes.memset(start + offset, 0, size_bytes)
-        tell_sanitizer("gather", tensors, [target])
+        if is_sanitized():
+            tell_sanitizer("gather", tensors, [target])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import time
-from typing import TYPE_CHECKING
+import traceback
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from hwcore._checks import check_size
 from hwcore.errors import ArgumentValueError, LeaseError, describe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     import torch
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
     from hwcore.fence import StreamFence
     from hwcore.types import Event, Stream
 
-__all__ = ["GENERATIONS", "Lease", "Using", "identity_of", "stale", "too_small"]
+__all__ = ["GENERATIONS", "Lease", "Using", "identity_of", "lets_go", "stale", "too_small"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _WIRE = struct.Struct("<II")
 GENERATIONS = 2**31  # so that a name is an int of 63 bits, which messages hold
@@ -139,6 +145,27 @@ class Using:
 
     def __exit__(self, *exc: object) -> None:
         self._lease._lock.release()
+
+
+def lets_go(method: Callable[P, T]) -> Callable[P, T]:
+    """Decorate what works on a lease's memory: its errors do not keep the range from reuse.
+
+    A traceback has the frames that the error came through, and they the views that they had, for
+    as long as somebody has the error.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except BaseException as error:
+            inner: BaseException | None = error
+            while inner is not None:
+                traceback.clear_frames(inner.__traceback__)  # those that have ended: not this one
+                inner = inner.__cause__
+            raise
+
+    return call
 
 
 def identity_of(name: bytes) -> tuple[int, int] | None:

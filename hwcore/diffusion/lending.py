@@ -18,7 +18,6 @@ from hwcore.diffusion.waiting import WaitingLine, check_timeout
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, ClosedError, LeaseError, describe
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from hwcore.backend import Backend
@@ -49,12 +48,7 @@ class LeasedMemory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     # --- Leases ---

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hwcore._checks import check_size
 from hwcore.diffusion.layout import layout_by
-from hwcore.diffusion.leases import Lease, too_small
+from hwcore.diffusion.leases import Lease, lets_go, too_small
 from hwcore.diffusion.lending import LeasedMemory
 from hwcore.diffusion.manifest import Manifest, check_manifest, manifest_of
 from hwcore.diffusion.specs import TensorSpec, spec_by, spec_of
@@ -114,6 +114,7 @@ class TransferTensorBuffer(LeasedMemory):
         manifest, tensors = manifest_of(tree, self._enums, where)
         return self.write_tensors(where, lease, manifest, tensors, stream)
 
+    @lets_go
     def write_tensors(
         self,
         where: str,
@@ -130,6 +131,7 @@ class TransferTensorBuffer(LeasedMemory):
             lease.written_bytes = manifest.size_bytes
         return Written(manifest, event)
 
+    @lets_go
     def write_tensor(
         self,
         lease: Lease,
@@ -153,6 +155,7 @@ class TransferTensorBuffer(LeasedMemory):
             lease.written_bytes = max(lease.written_bytes, end)
         return event
 
+    @lets_go
     def read_tensors_from_manifest(
         self,
         lease: Lease,
@@ -201,6 +204,7 @@ class TransferTensorBuffer(LeasedMemory):
             )
         return Loaded(unflatten(manifest.structure, tensors, self._enums, where), event)
 
+    @lets_go
     def read_received(
         self,
         where: str,
@@ -218,6 +222,7 @@ class TransferTensorBuffer(LeasedMemory):
             )
         return Loaded(unflatten(manifest.structure, tensors, self._enums, where), event)
 
+    @lets_go
     def read_tensor(
         self,
         lease: Lease,

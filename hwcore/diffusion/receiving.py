@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hwcore._checks import check_instance, check_size
 from hwcore.diffusion.messages import Slot
@@ -14,6 +14,7 @@ from hwcore.errors import ArgumentTypeError, LeaseError, PeerError, describe
 if TYPE_CHECKING:
     import torch
 
+    from hwcore.backend import Backend
     from hwcore.diffusion.engines import Engine
     from hwcore.diffusion.leases import Lease
     from hwcore.diffusion.pool import Loaded, TransferTensorBuffer
@@ -39,13 +40,16 @@ class ReceiveSlots:
     pool : TransferTensorBuffer
         Over the engine's memory.
     engine : Engine
+    backend : Backend
     is_checked : bool
         Whether what is loaded must have the checksum that its seal says.
     """
 
-    def __init__(self, pool: TransferTensorBuffer, engine: Engine, *, is_checked: bool) -> None:
+    def __init__(
+        self, pool: TransferTensorBuffer, engine: Engine, backend: Backend, *, is_checked: bool
+    ) -> None:
         self.pool = pool
-        self._engine, self._is_checked = engine, is_checked
+        self._engine, self._backend, self._is_checked = engine, backend, is_checked
         self._lock = threading.Lock()
         self._held: dict[int, _Held] = {}
         self._writers: set[str] = set()  # for which slots are quarantined
@@ -121,6 +125,65 @@ class ReceiveSlots:
             del self._held[slot.lease]
             self.pool.free(lease)
 
+    def load_tensors(
+        self,
+        slot: Slot,
+        seal: bytes,
+        device: torch.device | str | None = None,
+        *,
+        clone: bool = False,
+    ) -> Any:
+        """Return the tree that lies in a consumed slot; its tensors hold their values.
+
+        Parameters
+        ----------
+        slot : Slot
+        seal : bytes
+            What the sender's push returned.
+        device : torch.device or str, optional
+            Where the tensors are to be, in memory of their own. None: in the slot itself.
+        clone : bool
+            True: memory of their own for device None too. False: views of the slot, whose memory
+            is not reused as long as there are any, also after ``finish``.
+
+        Raises
+        ------
+        PeerError
+            If the bytes have another checksum than the seal says. The job may be tried again,
+            from another slot.
+        ArgumentTypeError, ArgumentValueError
+            If it is no seal, describes what the slot cannot hold, or names enums that are not
+            registered here.
+        LeaseError
+            If the slot was not consumed here.
+
+        Notes
+        -----
+        Host sync: waits for the copies.
+        """
+        loaded = self._load("load_tensors", slot, seal, device, None, clone)
+        self._backend.synchronize_event(loaded.event)
+        return loaded.tree
+
+    def load_tensors_async(
+        self,
+        slot: Slot,
+        seal: bytes,
+        device: torch.device | str | None = None,
+        stream: Stream | None = None,
+        *,
+        clone: bool = False,
+    ) -> Loaded:
+        """As :meth:`load_tensors`, with copies on ``stream``, and not waited for.
+
+        Returns
+        -------
+        Loaded
+            (tree, event). Wait for the event before the tensors are used on another stream, or by
+            the host. ``finish`` need not wait for it.
+        """
+        return self._load("load_tensors_async", slot, seal, device, stream, clone)
+
     def _load(
         self,
         where: str,
@@ -130,7 +193,7 @@ class ReceiveSlots:
         stream: Stream | None,
         clone: bool,
     ) -> Loaded:
-        """Return what lies in a consumed slot; see ``DiffusionTransferManager.load_tensors``."""
+        """Return what lies in a consumed slot; see :meth:`load_tensors`."""
         with self._lock:
             lease = self._consumed(where, slot).lease
         manifest, summed = unseal(seal, lease.size_bytes, where)

@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from hwcore._checks import check_instance, check_size
+from hwcore._checks import check_callable, check_instance, check_size
 from hwcore.activation import current_backend
 from hwcore.diffusion.engines.deadline import Deadline
 from hwcore.diffusion.manifest import manifest_of
 from hwcore.diffusion.peers import Peers
-from hwcore.diffusion.pool import Loaded, TransferTensorBuffer
+from hwcore.diffusion.pool import TransferTensorBuffer
 from hwcore.diffusion.receiving import ReceiveSlots
 from hwcore.diffusion.sending import Sender, Staged
+from hwcore.diffusion.stats import TransferStats
 from hwcore.diffusion.waiting import check_timeout
 from hwcore.errors import ArgumentTypeError, describe
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
-    import torch
-
     from hwcore.backend import Backend
     from hwcore.diffusion.engines import Engine
     from hwcore.diffusion.enums import EnumRegistry
     from hwcore.diffusion.messages import Slot
-    from hwcore.diffusion.table import PoolStats
     from hwcore.diffusion.ways import OnPart
     from hwcore.types import Stream
 
-__all__ = ["DiffusionTransferManager", "TransferStats"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransferStats:
-    """What a manager has, and has done.
-
-    Attributes
-    ----------
-    pool : PoolStats
-    staged, running : int
-        Trees that are staged; calls that stage or push now.
-    granted, consumed : int
-        Receive slots that no job has, and that one has.
-    quarantined_writers : int
-        Writers that were taken for dead and may still write to slots that were freed.
-    peers : int
-        Connections that are open.
-    pushed_bytes : int
-        That landed, padding included.
-    """
-
-    pool: PoolStats
-    staged: int
-    running: int
-    granted: int
-    consumed: int
-    quarantined_writers: int
-    peers: int
-    pushed_bytes: int
+__all__ = ["DiffusionTransferManager"]
 
 
 class DiffusionTransferManager(ReceiveSlots):
@@ -120,7 +86,7 @@ class DiffusionTransferManager(ReceiveSlots):
         Deadline(where, connect_timeout_s)
         self._enums, self._backend = enums, backend or current_backend()
         pool = TransferTensorBuffer(engine.memory, self._backend, enums=enums)
-        super().__init__(pool, engine, is_checked=checksum)
+        super().__init__(pool, engine, self._backend, is_checked=checksum)
         self.address, self.engine_id = engine.address, engine.id
         self.size_bytes = pool.size_bytes
         self._peers = Peers(engine, connect_timeout_s)
@@ -131,12 +97,7 @@ class DiffusionTransferManager(ReceiveSlots):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     # --- Sending ---
@@ -152,12 +113,7 @@ class DiffusionTransferManager(ReceiveSlots):
         return manifest_of(tree, self._enums, "size_of")[0].size_bytes
 
     def stage_tensors(
-        self,
-        request_id: str,
-        tree: object,
-        *,
-        stream: Stream | None = None,
-        timeout_s: float = 30.0,
+        self, request_id: str, tree: object, *, stream: Stream | None = None, timeout_s: float = 30
     ) -> Staged:
         """Copy a tree into this process's pool; its tensors may be written to at once.
 
@@ -193,12 +149,7 @@ class DiffusionTransferManager(ReceiveSlots):
         return staged
 
     def stage_tensors_async(
-        self,
-        request_id: str,
-        tree: object,
-        *,
-        stream: Stream | None = None,
-        timeout_s: float = 30.0,
+        self, request_id: str, tree: object, *, stream: Stream | None = None, timeout_s: float = 30
     ) -> Staged:
         """As :meth:`stage_tensors`, without waiting for the copies.
 
@@ -276,8 +227,10 @@ class DiffusionTransferManager(ReceiveSlots):
         -----
         Host sync: waits for the copies; the tensors may be written to when it returns.
         """
-        where = "send_tensors"
-        return self._sender.send(where, request_id, tree, address, slot, stream, timeout_s, on_part)
+        check_callable("send_tensors", "on_part", on_part, "Pass a function of three arguments")
+        return self._sender.send(
+            "send_tensors", request_id, tree, address, slot, stream, timeout_s, on_part
+        )
 
     def free_staged(self, staged: Staged) -> None:
         """Give a staged tree's memory back: now, or when the last push of it has ended.
@@ -308,67 +261,6 @@ class DiffusionTransferManager(ReceiveSlots):
         check_timeout("abort", timeout_s)
         return self._sender.abort(request_id, timeout_s)
 
-    # --- Receiving: slots are ReceiveSlots' ---
-
-    def load_tensors(
-        self,
-        slot: Slot,
-        seal: bytes,
-        device: torch.device | str | None = None,
-        *,
-        clone: bool = False,
-    ) -> Any:
-        """Return the tree that lies in a consumed slot; its tensors hold their values.
-
-        Parameters
-        ----------
-        slot : Slot
-        seal : bytes
-            What the sender's push returned.
-        device : torch.device or str, optional
-            Where the tensors are to be, in memory of their own. None: in the slot itself.
-        clone : bool
-            True: memory of their own for device None too. False: views of the slot, whose memory
-            is not reused as long as there are any, also after ``finish``.
-
-        Raises
-        ------
-        PeerError
-            If the bytes have another checksum than the seal says. The job may be tried again,
-            from another slot.
-        ArgumentTypeError, ArgumentValueError
-            If it is no seal, describes what the slot cannot hold, or names enums that are not
-            registered here.
-        LeaseError
-            If the slot was not consumed here.
-
-        Notes
-        -----
-        Host sync: waits for the copies.
-        """
-        loaded = self._load("load_tensors", slot, seal, device, None, clone)
-        self._backend.synchronize_event(loaded.event)
-        return loaded.tree
-
-    def load_tensors_async(
-        self,
-        slot: Slot,
-        seal: bytes,
-        device: torch.device | str | None = None,
-        stream: Stream | None = None,
-        *,
-        clone: bool = False,
-    ) -> Loaded:
-        """As :meth:`load_tensors`, with copies on ``stream``, and not waited for.
-
-        Returns
-        -------
-        Loaded
-            (tree, event). Wait for the event before the tensors are used on another stream, or by
-            the host. ``finish`` need not wait for it.
-        """
-        return self._load("load_tensors_async", slot, seal, device, stream, clone)
-
     # --- Ends ---
 
     def settle(self) -> None:
@@ -383,11 +275,8 @@ class DiffusionTransferManager(ReceiveSlots):
     def stats(self) -> TransferStats:
         """Return what there is, and what has been done."""
         staged, pushed_bytes = self._sender.counts()
-        running = len(self._sender.running)
-        slots = self._slot_counts()
-        return TransferStats(
-            self.pool.stats(), staged, running, *slots, len(self._peers), pushed_bytes
-        )
+        counts = len(self._sender.running), *self._slot_counts(), len(self._peers)
+        return TransferStats(self.pool.stats(), staged, *counts, pushed_bytes)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Wait for what runs, then end everything: engine, peers, pool.

@@ -66,6 +66,13 @@ def test_a_thousand_small_tensors_lie_without_a_gap():
     assert layout([("uint8", 64)] * 1000).size_bytes == 64_000
 
 
+@hypothesis.given(SPECS)
+@QUICK
+def test_small_tensors_alone_lie_without_a_gap(specs):
+    small = [(name, size) for name, size in specs if size * DTYPES[name].itemsize < LARGE_BYTES]
+    assert layout(small).gaps() == []
+
+
 def test_entries_keep_the_order_of_the_tensors():
     tensors = [torch.zeros(3, dtype=torch.int8), torch.zeros(5000), torch.zeros(4)]
     made = layout_of(tensors)

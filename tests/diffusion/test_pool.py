@@ -6,7 +6,14 @@ import gc
 import pytest
 import torch
 
-from hwcore.diffusion import TransferTensorBuffer, decode_manifest, encode_manifest, manifest_of
+from hwcore.diffusion import (
+    Manifest,
+    TransferTensorBuffer,
+    copying,
+    decode_manifest,
+    encode_manifest,
+    manifest_of,
+)
 from hwcore.errors import (
     ArgumentTypeError,
     ArgumentValueError,
@@ -564,6 +571,32 @@ def _poke(memory):
     import ctypes
 
     ctypes.memset(memory.data_ptr(), 0, memory.numel())
+
+
+def _fail_to_write(pool, lease, monkeypatch):
+    def fail(base, part):
+        part_of_it = base[:8]  # noqa: F841 - as any frame may have
+        message = "cut short"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(copying, "write_part", fail)
+    pool.write_tensors_from_device(lease, [torch.ones(9)])
+
+
+def _fail_to_read(pool, lease, monkeypatch):
+    manifest, _ = pool.write_tensors_from_device(lease, [torch.ones(9)])
+    pool.read_tensors_from_manifest(lease, Manifest("no tensor", manifest.layout))
+
+
+@pytest.mark.parametrize("fail", [_fail_to_write, _fail_to_read])
+def test_an_error_that_somebody_keeps_does_not_keep_the_memory(hw, pool, monkeypatch, fail):
+    lease = pool.allocate(pool.size_bytes)
+    with pytest.raises((RuntimeError, ArgumentValueError)) as kept:
+        fail(pool, lease, monkeypatch)
+    pool.free(lease)
+    hw.synchronize()
+    assert pool.stats().ranges.free_bytes == pool.size_bytes
+    assert kept.value.__traceback__ is not None
 
 
 # --- The end --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from hwcore.diffusion import DiffusionTransferManager, EnumRegistry, RoleType
+from hwcore.diffusion import DiffusionTransferManager, EnumRegistry, RoleType, ways
 from hwcore.diffusion.messages import Slot
 from hwcore.diffusion.seal import seal as sealed
 from hwcore.errors import (
@@ -21,7 +21,7 @@ from hwcore.errors import (
     TransferAbortedError,
 )
 
-from ._tensors import filled, same
+from ._tensors import filled, same, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,92 @@ def test_who_wants_to_know_is_told_of_each_part(pair, kind):
     assert kinds.count("push") == (0 if kind == "shm" else 3)
     assert all(started <= ended for _, started, ended in told)
     receiver.free(slot)
+
+
+@pytest.mark.parametrize("kind", ["tcp"], indirect=True)
+def test_parts_are_pushed_while_others_are_staged(pair, monkeypatch):
+    def slowed(call):
+        def slow(*arguments):
+            time.sleep(0.1)
+            call(*arguments)
+
+        return slow
+
+    for name in ("write", "write_part_summed"):
+        monkeypatch.setattr(ways, name, slowed(getattr(ways, name)))
+    sender, receiver = pair
+    told = {"stage": [], "push": []}
+    sent = filled(torch.uint8, (4 << 14,))
+    slot = receiver.grant(sender.size_of(sent))
+    sender.send_tensors(
+        "r", sent, receiver.address, slot, on_part=lambda kind, *span: told[kind].append(span)
+    )
+    for (push_started, push_ended), (started, ended) in zip(
+        told["push"][:-1], told["stage"][1:], strict=True
+    ):
+        assert started < push_ended
+        assert push_started < ended
+    receiver.free(slot)
+
+
+def test_an_observer_that_cannot_be_called_is_refused_before_anything_is_sent(pair):
+    sender, receiver = pair
+    slot = receiver.grant(64)
+    with pytest.raises(ArgumentTypeError, match=r"on_part got 3 \(int\); expected a callable"):
+        sender.send_tensors("r", torch.ones(3), receiver.address, slot, on_part=3)
+    assert sender.stats().pushed_bytes == 0
+    receiver.free(slot)
+
+
+# --- Small tensors, which are gathered ------------------------------------------------------------
+
+
+def test_small_tensors_in_every_way_that_they_can_lie_arrive(pair, how):
+    sender, receiver = pair
+    tensors = [tensor for tensor in shapes("cpu").values() if tensor.nbytes < 4096]
+    tensors += [filled(C128, (5,)).conj(), torch._neg_view(filled(F32, (7,)))]
+    for tree in (tensors, *([tensor] for tensor in tensors)):
+        slot, seal = send(sender, receiver, tree, how)
+        got = receiver.load_tensors(slot, seal)
+        for one, wanted in zip(got, tree, strict=True):
+            same(one, wanted)
+        receiver.finish(slot)
+
+
+def test_small_tensors_arrive_beside_one_without_elements(pair, how):
+    sender, receiver = pair
+    elsewhere = torch.ones(9)
+    slot, seal = send(sender, receiver, [elsewhere[:0], torch.arange(4.0)], how)
+    empty, got = receiver.load_tensors(slot, seal)
+    same(empty, elsewhere[:0])
+    same(got, torch.arange(4.0))
+    del empty, got
+    receiver.finish(slot)
+
+
+def test_trees_that_are_alike_keep_their_own_values(pair, how):
+    sender, receiver = pair
+    for value in (1, True, 1.0, "1", 2):
+        tensor = torch.full((3,), float(value))
+        slot, seal = send(sender, receiver, [value, tensor, tensor, torch.ones(3)], how)
+        got, first, again, other = receiver.load_tensors(slot, seal)
+        assert (got, type(got)) == (value, type(value))
+        same(first, tensor)
+        assert again is first
+        same(other, torch.ones(3))
+        del first, again, other
+        receiver.finish(slot)
+
+
+def test_a_tensor_that_is_given_twice_is_not_taken_for_two_that_are_alike(pair, how):
+    sender, receiver = pair
+    one, other = torch.zeros(3), torch.ones(3)
+    for tree in ([one, one, other], [one, other, one], [one, other, other], [other, one, other]):
+        slot, seal = send(sender, receiver, tree, how)
+        got = receiver.load_tensors(slot, seal)
+        assert [int(tensor[0]) for tensor in got] == [int(tensor[0]) for tensor in tree]
+        del got
+        receiver.finish(slot)
 
 
 def test_chunks_larger_than_the_pool_are_made_to_fit(manager):
