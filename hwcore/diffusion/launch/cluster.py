@@ -202,7 +202,7 @@ class RayLauncher:
                 message = (
                     f"RayLauncher: the cluster has the machines {', '.join(alive)}; expected one, "
                     f"for router and pools are at 127.0.0.1. Start the roles of each machine "
-                    f"yourself: docs/ascend.md shows how, for any device."
+                    f"yourself, as docs/disaggregation.md says."
                 )
                 raise CapabilityError(message)
             return
