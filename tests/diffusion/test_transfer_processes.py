@@ -12,7 +12,7 @@ import torch
 from hwcore.errors import LateWriteError, PeerError, PeerTimeoutError
 
 from ._tensors import filled, same
-from .engines._remote import Remote, within
+from .engines._remote import Remote, stop, within
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +138,7 @@ def test_a_receiver_that_hangs_is_late_and_is_reached_again_when_it_wakes(manage
     tree = filled(torch.uint8, (7 << 20,))
     slot = slot_of(other, tree.nbytes)
     deliver(sender, tree[:1000], other.address, slot)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     try:
         with pytest.raises(LateWriteError):
             deliver(sender, tree[: 3 << 20], other.address, slot, 0.3)
@@ -156,7 +156,7 @@ def test_that_bytes_may_land_late_is_heard_whatever_else_ended_a_send(manager, r
     tree = filled(torch.uint8, (7 << 20,))
     slot = slot_of(other, tree.nbytes)
     sender.send_tensors("r", tree[:1000], other.address, slot)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     stages = []
 
     def fail_at_the_second_part(what, started, ended):
@@ -177,7 +177,7 @@ def test_who_pushes_to_one_peer_does_not_wait_for_another_that_hangs(manager, re
     sender, hung, other = manager(8 << 20), remote(), manager()
     slot = slot_of(hung, sender.size_of(tree))
     sender.send_tensors("r", tree, hung.address, slot)
-    os.kill(hung.process.pid, signal.SIGSTOP)
+    stop(hung.process.pid)
     errors = []
 
     def push():
@@ -210,7 +210,7 @@ def test_who_pushes_to_one_peer_does_not_wait_for_another_that_hangs(manager, re
 def test_a_writer_that_was_stopped_and_connects_later_finds_no_way(manager, remote):
     receiver, writer = manager(), remote()
     slot = receiver.grant(1 << 16)
-    os.kill(writer.process.pid, signal.SIGSTOP)
+    stop(writer.process.pid)
     receiver.free(slot, writer.id)
     again = receiver.grant(1 << 16)  # it has never been connected: nothing can come
     assert again.offset == slot.offset
@@ -226,7 +226,7 @@ def test_a_slot_of_a_connected_writer_is_not_reused_while_it_can_write(manager, 
     size = receiver.size_bytes
     slot = receiver.grant(size)
     writer.ask(f"manager.send_tensors('r', tree, {receiver.address!r}, {slot!r})")
-    os.kill(writer.process.pid, signal.SIGSTOP)
+    stop(writer.process.pid)
     receiver.free(slot, writer.id)
     receiver.free(slot, writer.id)
     assert receiver.granted() == []

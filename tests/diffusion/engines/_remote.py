@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,17 @@ def forked(call):
         said = pipe.read().decode()
     os.waitpid(child, 0)
     return eval(said)
+
+
+def stop(pid):
+    """Stop a process; every thread of it has stopped when this returns."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = pathlib.Path(f"/proc/{pid}/task")
+
+    def stopped(task):
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+
+    assert within(10, lambda: all(map(stopped, tasks.iterdir())))
 
 
 def within(seconds, condition):

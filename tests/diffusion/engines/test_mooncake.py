@@ -76,7 +76,7 @@ def test_a_killed_peer_is_an_error_at_once(driver):
 
 
 def test_a_stopped_peer_is_late_and_the_pool_closes(driver):
-    driver.ask("os.kill(other.process.pid, signal.SIGSTOP)")
+    driver.ask("_remote.stop(other.process.pid)")
     started = driver.ask("time.monotonic()")
     name, message = driver.ask("[peer.write(engine.memory, 0, 1) for _ in range(3)]")
     assert name == "LateWriteError"
@@ -88,7 +88,7 @@ def test_a_stopped_peer_is_late_and_the_pool_closes(driver):
 
 
 def test_what_mooncake_gives_up_may_land_late_and_no_more_once_its_writer_has_closed(driver):
-    driver.ask("os.kill(other.process.pid, signal.SIGSTOP)")
+    driver.ask("_remote.stop(other.process.pid)")
     driver.ask("filled = engine.memory.fill_(1)")
     name, message = driver.ask("[peer.write(engine.memory, 0, 60) for _ in range(3)]")
     assert name == "LateWriteError"

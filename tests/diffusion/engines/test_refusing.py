@@ -11,7 +11,7 @@ import torch
 from hwcore.diffusion.engines import host
 from hwcore.errors import ArgumentTypeError, ArgumentValueError, PeerRefusedError
 
-from ._remote import within
+from ._remote import stop, within
 
 
 def test_an_engine_that_is_refused_cannot_connect_and_others_can(kind, opened):
@@ -27,7 +27,7 @@ def test_an_engine_that_is_refused_cannot_connect_and_others_can(kind, opened):
 
 def test_a_stopped_process_that_connects_after_it_was_refused_writes_nothing(kind, opened, remote):
     receiver, other = opened(kind), remote(kind)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     other.tell(f"engine.connect({receiver.address!r}, 5).write(torch.ones(9).byte(), 0, 5)")
     assert receiver.refuse(other.id) is False
     os.kill(other.process.pid, signal.SIGCONT)
@@ -39,7 +39,7 @@ def test_a_stopped_process_that_connects_after_it_was_refused_writes_nothing(kin
 def test_a_mapping_can_be_written_until_its_process_ends(kind, opened, remote):
     receiver, other = opened(kind), remote(kind)
     other.ask(f"peer = engine.connect({receiver.address!r}, 5)")
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     assert receiver.refuse(other.id) is True
     assert receiver.refuse(other.id) is True
     os.kill(other.process.pid, signal.SIGCONT)

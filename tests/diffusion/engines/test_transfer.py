@@ -23,7 +23,7 @@ from hwcore.errors import (
     PeerTimeoutError,
 )
 
-from ._remote import within
+from ._remote import stop, within
 
 
 def test_bytes_land_in_another_process_where_they_were_sent(kind, opened, remote, data):
@@ -126,7 +126,7 @@ def test_a_stopped_writer_can_still_write(kind, opened, remote):
     receiver, other = opened(kind), remote(kind)
     other.ask(f"peer = engine.connect({receiver.address!r}, 5)")
     assert within(5, lambda: receiver.writers() == {other.id: True})
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     assert not within(0.3, lambda: receiver.writers() != {other.id: True})
 
 
@@ -227,7 +227,7 @@ def test_nothing_is_left_of_engines_that_were_closed(kind, opened, data):
 def test_a_stopped_receiver_fails_a_tcp_write_at_its_deadline(opened, remote):
     other = remote("tcp", 64 << 20)
     peer = opened("tcp").connect(other.address, 5)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     started = time.monotonic()
     with pytest.raises(LateWriteError, match=r"no answer after 0\.5 s.*They may still land"):
         peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 0.5)
@@ -242,7 +242,7 @@ def test_a_stopped_receiver_fails_a_tcp_write_at_its_deadline(opened, remote):
 def test_what_timed_out_for_certain_changes_nothing_when_the_receiver_wakes(kind, opened, remote):
     other, ones = remote(kind), torch.ones(1 << 20, dtype=torch.uint8)
     peer = opened(kind).connect(other.address, 5)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     with peer._turn, pytest.raises(PeerTimeoutError) as waited:  # as another thread's write has it
         peer.write(ones, 0, 0.1)
     with pytest.raises(PeerTimeoutError) as connected:
@@ -259,7 +259,7 @@ def test_a_tcp_receiver_that_wakes_while_a_late_write_looks_takes_nothing_after_
     other = remote("tcp", 64 << 20)
     monkeypatch.setattr(tcp, "_END_S", 20.0)
     peer = opened("tcp").connect(other.address, 5)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     waking = threading.Timer(0.6, os.kill, (other.process.pid, signal.SIGCONT))
     waking.start()
     with pytest.raises(PeerTimeoutError, match="no answer") as caught:
@@ -275,7 +275,7 @@ def test_a_tcp_write_into_a_silent_network_may_land_late(opened, remote):
     other = remote("tcp", 64 << 20)
     peer = opened("tcp").connect(other.address, 5)
     peer._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 300)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     with pytest.raises(LateWriteError, match=r"Connection timed out.*They may still land"):
         peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 20)
     os.kill(other.process.pid, signal.SIGCONT)
@@ -298,7 +298,7 @@ def test_after_a_tcp_write_that_was_only_slow_nothing_lands_any_more(opened, rem
 def test_what_may_land_late_lands_no_more_once_the_writer_is_known_to_have_closed(opened, remote):
     other, engine = remote("tcp", 64 << 20), opened("tcp")
     peer = engine.connect(other.address, 5)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     with pytest.raises(LateWriteError):
         peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 0.2)
     engine.close()
@@ -312,7 +312,7 @@ def test_what_may_land_late_lands_no_more_once_the_writer_is_known_to_have_close
 def test_a_tcp_write_waits_for_another_threads_no_longer_than_its_deadline(opened, remote):
     other = remote("tcp", 64 << 20)
     peer = opened("tcp").connect(other.address, 5)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     late = []
 
     def write():
@@ -332,7 +332,7 @@ def test_a_tcp_write_waits_for_another_threads_no_longer_than_its_deadline(opene
 def test_closing_ends_a_tcp_write_that_runs(opened, remote):
     other = remote("tcp", 64 << 20)
     peer = opened("tcp").connect(other.address, 5)
-    os.kill(other.process.pid, signal.SIGSTOP)
+    stop(other.process.pid)
     ended = []
 
     def write():
@@ -372,7 +372,7 @@ def test_a_writer_that_stops_within_a_frame_is_dropped(opened, remote, monkeypat
     other.tell("while True: peer.write(torch.ones(64 << 20, dtype=torch.uint8), 0, 60)")
     assert within(10, lambda: receiver.memory[0] == 1)
     for _ in range(50):  # it may be between two frames when it stops
-        os.kill(other.process.pid, signal.SIGSTOP)
+        stop(other.process.pid)
         if within(0.6, lambda: receiver.writers() == {other.id: False}):
             break
         os.kill(other.process.pid, signal.SIGCONT)
