@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 import threading
 import time
 import traceback
@@ -156,16 +157,26 @@ def lets_go(method: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        of_caller = sys.exc_info()[1]  # which it handles meanwhile: its frames are its own
         try:
             return method(*args, **kwargs)
         except BaseException as error:
-            inner: BaseException | None = error
-            while inner is not None:
-                traceback.clear_frames(inner.__traceback__)  # those that have ended: not this one
-                inner = inner.__cause__
+            _clear_frames(error, of_caller)
             raise
 
     return call
+
+
+def _clear_frames(error: BaseException, but: BaseException | None) -> None:
+    """Clear the frames that have ended of an error, and of all that it came from."""
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set() if but is None else {id(but)}
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += one.__cause__, one.__context__  # the latter is there after "from None" too
 
 
 def identity_of(name: bytes) -> tuple[int, int] | None:

@@ -583,12 +583,28 @@ def _fail_to_write(pool, lease, monkeypatch):
     pool.write_tensors_from_device(lease, [torch.ones(9)])
 
 
+def _fail_while_another_is_handled(pool, lease, monkeypatch):
+    def fail(base, part):
+        part_of_it = base[:8]
+        raise KeyError(part_of_it.numel())
+
+    def fail_again(base, part):
+        try:
+            fail(base, part)
+        except KeyError:
+            message = "cut short"
+            raise RuntimeError(message) from None
+
+    monkeypatch.setattr(copying, "write_part", fail_again)
+    pool.write_tensors_from_device(lease, [torch.ones(9)])
+
+
 def _fail_to_read(pool, lease, monkeypatch):
     manifest, _ = pool.write_tensors_from_device(lease, [torch.ones(9)])
     pool.read_tensors_from_manifest(lease, Manifest("no tensor", manifest.layout))
 
 
-@pytest.mark.parametrize("fail", [_fail_to_write, _fail_to_read])
+@pytest.mark.parametrize("fail", [_fail_to_write, _fail_while_another_is_handled, _fail_to_read])
 def test_an_error_that_somebody_keeps_does_not_keep_the_memory(hw, pool, monkeypatch, fail):
     lease = pool.allocate(pool.size_bytes)
     with pytest.raises((RuntimeError, ArgumentValueError)) as kept:
@@ -597,6 +613,23 @@ def test_an_error_that_somebody_keeps_does_not_keep_the_memory(hw, pool, monkeyp
     hw.synchronize()
     assert pool.stats().ranges.free_bytes == pool.size_bytes
     assert kept.value.__traceback__ is not None
+
+
+def test_an_error_that_a_caller_handles_keeps_its_own_frames(pool, monkeypatch):
+    lease = pool.allocate(pool.size_bytes)
+
+    def fail():
+        value = 7
+        raise KeyError(value)
+
+    try:
+        fail()
+    except KeyError as handled:
+        with pytest.raises(RuntimeError):
+            _fail_to_write(pool, lease, monkeypatch)
+        frame = handled.__traceback__.tb_next.tb_frame
+    assert frame.f_locals["value"] == 7
+    pool.free(lease)
 
 
 # --- The end --------------------------------------------------------------------------------------
