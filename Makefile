@@ -92,12 +92,13 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest
 
 test-children: $(STAMP)
 	@echo "==> tests of the host alone, and of processes that choose their backends"
-	@$(PYTEST) --backend cpu -m children --ignore tests/services tests
+	@$(PYTEST) --backend cpu -m children --ignore tests/services --ignore tests/diffusion tests
 
-# Apart from the others, for they kill and stop processes, and wait until it is noticed.
+# Of disaggregated diffusion what no device is in. Apart from the others, for much of it kills and
+# stops processes, and waits until that is noticed.
 services: $(STAMP)
-	@echo "==> router, roles and launchers: deaths at every point, garbage at every socket, a soak"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --backend cpu tests/services
+	@echo "==> engines, router, roles and launchers: deaths, garbage at every socket, a soak"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --backend cpu -m children tests/services tests/diffusion
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
