@@ -54,7 +54,7 @@ def test_many_at_once_each_get_their_own(router, workers, client_of):
         thread.join()
     assert answers == {f"{a}-{b}": answer_to(f"{a}-{b}") for a in range(8) for b in range(50)}
     assert [echo.computed for echo in made] == [400] * 3
-    assert router.stats().dropped == {}
+    assert router.stats().dropped.keys() <= {"absent"}  # of clients that are gone by then
 
 
 def test_one_client_serves_many_threads(router, workers, client):
