@@ -60,7 +60,8 @@ class RoleSpec:
         check_instance(where, "role", self.role, RoleType, "hwcore.diffusion.RoleType")
         check_size(where, "count", self.count, 1, "Pass how many processes have this role")
         fix = "Pass where the process finds what loads its model"
-        check_instance(where, "factory", self.factory, str, "a str")
+        if not isinstance(self.factory, str):
+            raise ArgumentTypeError(describe(where, "factory", self.factory, "a str", fix))
         module, _, name = self.factory.partition(":")
         if not module or not name.isidentifier():
             expected = "`package.module:function`"

@@ -74,7 +74,8 @@ class WorkerConfig:
         check_instance(where, "role", self.role, RoleType, "hwcore.diffusion.RoleType")
         for name in ("router", "name", "host"):
             value = getattr(self, name)
-            check_instance(where, name, value, str, "a str")
+            if not isinstance(value, str):
+                raise ArgumentTypeError(describe(where, name, value, "a str", f"Set {name}"))
             if not value:
                 raise ArgumentValueError(describe(where, name, value, "some text", f"Set {name}"))
         for name in ("capacity", "pool_bytes", "pushes"):
