@@ -15,13 +15,14 @@ PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: demo demo-short test services test-triton compile-triton triton triton-table lint conformance support \
+.PHONY: demo demo-short test slow services test-triton compile-triton triton triton-table lint conformance support \
 	contract wheel bench gpu-wheels gpu-env test-gpu bench-gpu empty-results clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   a real model served in every way, and digits by roles; writes demo/report.md"
-	@echo "make test   run every test on every backend present ($(BACKENDS)), two processes each"
+	@echo "make test   run the tests on every backend present ($(BACKENDS)), two processes each"
+	@echo "make slow   the tests that take long, on every backend present"
 	@echo "make services  sockets and processes of disaggregated diffusion: deaths, garbage, a soak"
 	@echo "make triton Triton kernels in its interpreter, and compiled for devices that are not here"
 	@echo "make lint   ruff, mypy --strict, device names"
@@ -92,7 +93,8 @@ PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest
 
 test-children: $(STAMP)
 	@echo "==> tests of the host alone, and of processes that choose their backends"
-	@$(PYTEST) --backend cpu -m children --ignore tests/services --ignore tests/diffusion tests
+	@$(PYTEST) --backend cpu -m 'children and not slow' \
+		--ignore tests/services --ignore tests/diffusion tests
 
 # Of disaggregated diffusion what no device is in. Apart from the others, for much of it kills and
 # stops processes, and waits until that is noticed.
@@ -102,12 +104,27 @@ services: $(STAMP)
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(PYTEST) --backend $* -m 'not children and not interpreter' \
+	@$(PYTEST) --backend $* -m 'not children and not interpreter and not slow' \
 		$(APART:%=--ignore %) --ignore tests/services tests $(wildcard plugins/$*/tests)
 
 test-apart-%: $(STAMP)
 	@echo "==> tests of $(APART) on backend $*"
-	@$(PYTEST) --backend $* -m 'not children and not interpreter' $(APART)
+	@$(PYTEST) --backend $* -m 'not children and not interpreter and not slow' $(APART)
+
+slow: $(STAMP)
+	@echo "==> tests that take long, on $(BACKENDS), side by side; each reports when it is done"
+	@$(MAKE) --no-print-directory --output-sync=target --keep-going \
+		--jobs $(words $(BACKENDS)) slow-children $(BACKENDS:%=slow-%)
+
+slow-children: $(STAMP)
+	@echo "==> long tests of the host alone, and of processes that choose their backends"
+	@$(PYTEST) --backend cpu -m 'children and slow' \
+		--ignore tests/services --ignore tests/diffusion tests
+
+slow-%: $(STAMP)
+	@echo "==> long tests on backend $*"
+	@$(PYTEST) --backend $* -m 'slow and not children and not interpreter' \
+		--ignore tests/services tests $(wildcard plugins/$*/tests)
 
 # Triton must be told of its interpreter before it is imported: a process of their own.
 test-triton: $(STAMP)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hwcore.diffusion.messages import FromRouter
     from hwcore.diffusion.roles import RoleType
     from hwcore.diffusion.router.outbox import Frames
-from hwcore.diffusion.router.todo import Slots, Todo
+    from hwcore.diffusion.router.todo import Slots, Todo
 
 __all__ = ["WorkerCore"]
 

@@ -71,30 +71,50 @@ def test_under_another_name_it_is_that_device_everywhere(python):
     assert "with arguments from the 'npu' backend" in done.output, done.errors
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "hip", "xpu", "mps", "mtia", "meta"])
-def test_names_that_torch_keeps_are_refused_before_anything_is_registered(python, name):
-    done = python(
-        """
-        from hwcore_sim import device
-        from hwcore.errors import ArgumentValueError
-        try:
-            device.start()
-        except ArgumentValueError as error:
-            print(error)
-        print(device.start("sim").__name__)
-        """,
-        HWCORE_SIM_NAME=name,
-    )
-    first, second = done.output.splitlines()
-    assert first.startswith(
-        f"start: HWCORE_SIM_NAME got {name!r} (str); expected a name that torch"
-    )
-    assert second == "torch.sim"
+@pytest.fixture
+def refusals(python):
+    """How ``start`` refuses values of a variable, in one process, which can start it afterwards."""
+
+    def refused(variable, *values):
+        done = python(
+            f"""
+            import os
+            from hwcore_sim import device
+            from hwcore.errors import ArgumentValueError
+            for value in {values!r}:
+                os.environ[{variable!r}] = value
+                try:
+                    device.start()
+                except ArgumentValueError as error:
+                    print(error)
+                else:
+                    print(value, "was taken")
+            del os.environ[{variable!r}]
+            print(device.start("sim").__name__)
+            """
+        )
+        *errors, started = done.output.splitlines()
+        assert started == "torch.sim"
+        return dict(zip(values, errors, strict=True))
+
+    return refused
 
 
-@pytest.mark.parametrize("name", ["Sim", "1sim", "my-sim", "sim:0", " ", "nn", "float", "mean"])
-def test_names_that_are_none_or_taken_are_refused(python, name):
-    done = python(START, HWCORE_SIM_NAME=name)
+def test_names_that_torch_keeps_are_refused_before_anything_is_registered(refusals):
+    names = "cpu", "cuda", "hip", "xpu", "mps", "mtia", "meta"
+    for name, error in refusals("HWCORE_SIM_NAME", *names).items():
+        expected = f"start: HWCORE_SIM_NAME got {name!r} (str); expected a name that torch"
+        assert error.startswith(expected)
+
+
+def test_names_that_are_none_or_taken_are_refused(refusals):
+    names = "Sim", "1sim", "my-sim", "sim:0", " ", "nn", "float", "mean"
+    for name, error in refusals("HWCORE_SIM_NAME", *names).items():
+        assert error.startswith(f"start: HWCORE_SIM_NAME got {name!r} (str)")
+
+
+def test_a_refused_name_ends_a_program_by_the_errors_name(python):
+    done = python(START, HWCORE_SIM_NAME="Sim")
     assert done.error.startswith("hwcore.errors.ArgumentValueError: start: HWCORE_SIM_NAME got")
 
 
@@ -110,21 +130,17 @@ def test_the_memory_of_a_device_is_the_environments(python):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
+    ("variable", "values"),
     [
-        ("HWCORE_SIM_DEVICES", "0"),
-        ("HWCORE_SIM_DEVICES", "65"),
-        ("HWCORE_SIM_DEVICES", "two"),
-        ("HWCORE_SIM_MEMORY", "-1"),
-        ("HWCORE_SIM_MEMORY", "4 GB"),
-        ("HWCORE_SIM_CAPTURE_STREAMS", "0"),
-        ("HWCORE_SIM_DRAIN", "sometimes"),
+        ("HWCORE_SIM_DEVICES", ("0", "65", "two")),
+        ("HWCORE_SIM_MEMORY", ("-1", "4 GB")),
+        ("HWCORE_SIM_CAPTURE_STREAMS", ("0",)),
+        ("HWCORE_SIM_DRAIN", ("sometimes",)),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused_by_name(python, variable, value):
-    done = python(START, **{variable: value})
-    assert done.error.startswith("hwcore.errors.ArgumentValueError: ")
-    assert f"{variable} got {value!r}" in done.error
+def test_an_environment_that_makes_no_sense_is_refused_by_name(refusals, variable, values):
+    for value, error in refusals(variable, *values).items():
+        assert f"{variable} got {value!r}" in error
 
 
 def test_the_first_drain_policy_is_the_environments(python):
