@@ -135,13 +135,13 @@ class Places(NamedTuple):
     ----------
     specs, which : tuple
         As for :func:`layout_by`.
-    are_small : bool
-        Whether all are small, in the host's memory, and lie there as they will in the layout.
+    are_plain : bool
+        Whether all are in the host's memory, and lie there as they will in the layout.
     """
 
     specs: tuple[TensorSpec, ...]
     which: tuple[int, ...]
-    are_small: bool
+    are_plain: bool
 
 
 def places_of(tensors: Sequence[torch.Tensor], where: str) -> Places:
@@ -151,7 +151,7 @@ def places_of(tensors: Sequence[torch.Tensor], where: str) -> Places:
         raise _bad(where, "tree", f"{len(tensors)} tensors", expected, fix)
     specs: list[TensorSpec] = []
     numbers: dict[Any, int] = {}
-    which, are_small = [], True
+    which, are_plain = [], True
     for index, tensor in enumerate(tensors):
         spec = spec_of(where, index, tensor)
         is_conj, is_neg, is_cpu = tensor.is_conj(), tensor.is_neg(), tensor.is_cpu
@@ -160,14 +160,13 @@ def places_of(tensors: Sequence[torch.Tensor], where: str) -> Places:
         number = numbers.setdefault(same, len(specs))
         if number == len(specs):
             specs.append(spec)
-            are_small = are_small and (
+            are_plain = are_plain and (
                 is_cpu
-                and tensor.nbytes < LARGE_BYTES
                 and tensor.is_contiguous()
                 and not (is_conj or is_neg or tensor._is_zerotensor())
             )
         which.append(number)
-    return Places(tuple(specs), tuple(which), are_small)
+    return Places(tuple(specs), tuple(which), are_plain)
 
 
 def layout_by(specs: Sequence[TensorSpec], which: Iterable[int]) -> Layout:

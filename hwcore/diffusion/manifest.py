@@ -107,7 +107,7 @@ class Described(NamedTuple):
     tensors : list of Tensor
         In the order of the layout's entries.
     gathering : Gathering or None
-        How they are copied where all are small and the host's.
+        How they are copied where all are the host's, as they will be on the other side.
     """
 
     manifest: Manifest
@@ -123,14 +123,14 @@ def describe_tree(tree: object, enums: EnumRegistry | None, where: str) -> Descr
     and to encode some tensors takes longer than to send them.
     """
     structure, tensors = flatten(tree, enums, where)
-    specs, which, are_small = places_of(tensors, where)
+    specs, which, are_plain = places_of(tensors, where)
     packed = _encoder.encode(structure)
     if len(which) > _ALIKE_TENSORS or len(packed) > _ALIKE_BYTES:
         manifest = Manifest(structure, layout_by(specs, which))
         return Described(manifest, encode_manifest(manifest, where), tensors, None)
     layout, encoded, gathering = _alike(packed, specs, which)
     return Described(
-        Manifest(structure, layout), encoded, tensors, gathering if are_small else None
+        Manifest(structure, layout), encoded, tensors, gathering if are_plain else None
     )
 
 

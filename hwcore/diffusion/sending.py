@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from hwcore._checks import check_instance
@@ -182,16 +183,16 @@ class Sender:
         ):
             run.check()
             digest = Digest() if self._is_summed else None
-            memory, tensors, gathering = peer.memory, described.tensors, described.gathering
-            if memory is None or gathering is None or on_part is not None:
+            memory, tensors = peer.memory, described.tensors
+            if memory is not None and described.gathering is not None and stream is None:
+                target = memory[slot.offset : slot.offset + size_bytes]
+                self._gather(where, described.gathering, target, tensors, digest, on_part)
+            else:
                 way = Way(self._backend, where, manifest.layout, tensors, stream, digest, on_part)
                 if memory is None:
                     way.in_chunks(self._pool, self._chunk_bytes, run, peer, slot.offset, deadline)
                 else:
                     way.straight(memory[slot.offset : slot.offset + size_bytes])
-            else:
-                target = memory[slot.offset : slot.offset + size_bytes]
-                self._gather(where, gathering, tensors, target, digest)
             if memory is not None:
                 _check_alive(where, peer, address)
             run.check()
@@ -222,15 +223,17 @@ class Sender:
         self,
         where: str,
         gathering: Gathering,
-        tensors: list[torch.Tensor],
         target: torch.Tensor,
+        tensors: list[torch.Tensor],
         digest: Digest | None,
+        on_part: OnPart | None,
     ) -> None:
-        """Write small tensors of the host to memory of the host: no stream has a part in it."""
+        """Write tensors of the host to memory of the host: no stream has a part in it."""
         check_not_captured(self._backend, where)
-        gathering.gather(target, tensors)
-        if digest is not None:
-            digest.add(target)
+        started = time.monotonic() if on_part is not None else 0.0
+        gathering.gather(target, tensors, digest)
+        if on_part is not None:
+            on_part("stage", started, time.monotonic())
 
     def _described(self, where: str, request_id: str, tree: object) -> Described:
         """Return what is sent of a tree; raise where it cannot be."""

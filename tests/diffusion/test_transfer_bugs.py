@@ -126,6 +126,7 @@ def test_06_what_cannot_be_sent_is_an_error_at_staging_that_leaks_nothing(pair, 
 
 def test_06_an_error_in_the_middle_of_staging_leaks_nothing(pair, monkeypatch):
     from hwcore.diffusion import copying, ways
+    from hwcore.diffusion.gathering import Gathering
 
     sender, receiver = pair
     kept = []
@@ -137,6 +138,7 @@ def test_06_an_error_in_the_middle_of_staging_leaks_nothing(pair, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(copying, "write_layout", failing)
         patch.setattr(ways, "write_part_summed", failing)
+        patch.setattr(Gathering, "gather", failing)
         for _ in range(5):
             with pytest.raises(MemoryError) as caught:
                 sender.send_tensors("r", torch.ones(MIB // 8), receiver.address, slot)

@@ -117,17 +117,17 @@ def test_a_receiver_that_is_killed_during_a_send_crashes_nobody(manager, remote,
 def test_what_was_written_into_the_mapping_of_a_killed_receiver_has_no_seal(
     manager, remote, tree, monkeypatch
 ):
-    from hwcore.diffusion.ways import Way
+    from hwcore.diffusion.gathering import Gathering
 
     sender, other = manager(), remote()
     slot = slot_of(other, sender.size_of(tree))
-    straight = Way.straight
+    gather = Gathering.gather
 
-    def killing(way, target):
+    def killing(gathering, *arguments):
         other.kill()
-        straight(way, target)
+        gather(gathering, *arguments)
 
-    monkeypatch.setattr(Way, "straight", killing)
+    monkeypatch.setattr(Gathering, "gather", killing)
     with pytest.raises(PeerError, match="ended while it was written to"):
         sender.send_tensors("r", tree, other.address, slot)
 

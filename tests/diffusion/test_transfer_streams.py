@@ -130,6 +130,19 @@ def test_the_whole_way_is_right_and_silent_in_any_order(hw, pair, in_any_order, 
     assert sanitizer.races == []
 
 
+@pytest.mark.parametrize("count", [3, COUNT], ids=["small", "large"])
+def test_a_tensor_of_the_host_that_a_stream_still_writes_is_reported(hw, device, pair, late, count):
+    """The host reads it at once: whoever sends it has to wait for its copy first."""
+    sender, receiver = pair
+    there, here = torch.ones(count, device=device), hw.pin_memory(torch.zeros(count))
+    slot = receiver.grant(sender.size_of(here))
+    with Sanitizer(hw, on_race="collect") as sanitizer:
+        here.copy_(there, non_blocking=True)
+        sender.send_tensors("r", here, receiver.address, slot)
+    assert "the host never waited" in sanitizer.races[0].missing_edge
+    receiver.free(slot)
+
+
 @contextlib.contextmanager
 def broken(hw, hook, answer):
     """Take a wait out: its hook answers without waiting."""
