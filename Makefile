@@ -15,8 +15,8 @@ PIP   := $(BIN)/pip install --disable-pip-version-check --constraint constraints
 STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 
-.PHONY: demo demo-short test slow services test-triton compile-triton triton triton-table lint conformance support \
-	contract wheel bench gpu-wheels gpu-env test-gpu bench-gpu empty-results clean
+.PHONY: demo demo-short test slow services test-triton compile-triton triton triton-table lint \
+	conformance support contract wheel bench gpu-wheels gpu-env test-gpu bench-gpu empty-results clean
 .DEFAULT_GOAL := help
 
 help:
@@ -91,10 +91,13 @@ SHARE = $(shell $(PYTHON) -c 'import os, sys; \
 
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(SHARE)} $(BIN)/python -m pytest
 
+# The tests that run on each backend; and, of those that run once, what `services` runs.
+EACH_BACKEND  := not children and not interpreter
+NOT_SERVICES  := --ignore tests/services --ignore tests/diffusion
+
 test-children: $(STAMP)
 	@echo "==> tests of the host alone, and of processes that choose their backends"
-	@$(PYTEST) --backend cpu -m 'children and not slow' \
-		--ignore tests/services --ignore tests/diffusion tests
+	@$(PYTEST) --backend cpu -m 'children and not slow' $(NOT_SERVICES) tests
 
 # Of disaggregated diffusion what no device is in. Apart from the others, for much of it kills and
 # stops processes, and waits until that is noticed.
@@ -104,12 +107,12 @@ services: $(STAMP)
 
 test-%: $(STAMP)
 	@echo "==> tests on backend $*"
-	@$(PYTEST) --backend $* -m 'not children and not interpreter and not slow' \
+	@$(PYTEST) --backend $* -m '$(EACH_BACKEND) and not slow' \
 		$(APART:%=--ignore %) --ignore tests/services tests $(wildcard plugins/$*/tests)
 
 test-apart-%: $(STAMP)
 	@echo "==> tests of $(APART) on backend $*"
-	@$(PYTEST) --backend $* -m 'not children and not interpreter and not slow' $(APART)
+	@$(PYTEST) --backend $* -m '$(EACH_BACKEND) and not slow' $(APART)
 
 slow: $(STAMP)
 	@echo "==> tests that take long, on $(BACKENDS), side by side; each reports when it is done"
@@ -118,12 +121,11 @@ slow: $(STAMP)
 
 slow-children: $(STAMP)
 	@echo "==> long tests of the host alone, and of processes that choose their backends"
-	@$(PYTEST) --backend cpu -m 'children and slow' \
-		--ignore tests/services --ignore tests/diffusion tests
+	@$(PYTEST) --backend cpu -m 'children and slow' $(NOT_SERVICES) tests
 
 slow-%: $(STAMP)
 	@echo "==> long tests on backend $*"
-	@$(PYTEST) --backend $* -m 'slow and not children and not interpreter' \
+	@$(PYTEST) --backend $* -m '$(EACH_BACKEND) and slow' \
 		--ignore tests/services tests $(wildcard plugins/$*/tests)
 
 # Triton must be told of its interpreter before it is imported: a process of their own.

@@ -656,22 +656,6 @@ def test_abort_waits_until_nothing_is_written_any_more(pair, held):
     receiver.free(slot)
 
 
-@pytest.mark.parametrize("count", [3, 50_000], ids=["small", "large"])
-def test_a_parameter_is_sent_as_values_and_its_graph_stays_behind(pair, count):
-    sender, receiver = pair
-    weight = torch.ones(count, requires_grad=True)
-    slot = receiver.grant(sender.size_of(weight))
-    seal = sender.send_tensors("r", weight, receiver.address, slot)
-    receiver.consume(slot)
-    received = receiver.load_tensors(slot, seal)
-    assert not received.requires_grad
-    same(received, weight.detach())
-    del received
-    receiver.finish(slot)
-    with receiver.pool.allocate(receiver.size_bytes, timeout_s=2):
-        pass  # nothing holds the slot
-
-
 @pytest.mark.parametrize("kind", ["tcp"], indirect=True)
 def test_abort_between_two_chunks_ends_a_send(pair, monkeypatch):
     sender, receiver = pair

@@ -1,3 +1,5 @@
+"""What cannot be set of a worker is said by its name, before anything is opened."""
+
 import pytest
 
 from hwcore.diffusion import RoleType
